@@ -1,0 +1,142 @@
+"""The definition of every op in plain PyTorch: short enough to check by eye, runs on any device.
+
+Notation: ``W`` ``[O, C]`` is a weight matrix, ``a`` ``[G, C]`` holds one non-negative factor per column for each of
+``G`` equal blocks of output rows (``G = 1`` for a linear layer, the number of groups for a convolution), and the score
+of an entry is ``s_ij = |fl32(w_ij * a_gj)|``, one rounded float32 product. Arguments arrive validated.
+"""
+
+import torch
+from torch import Tensor
+
+ROWS_PER_CHUNK = 1024  # bounds the scratch of the ops that go through rows in chunks
+
+
+def scores(W: Tensor, a: Tensor) -> Tensor:
+    """``s_ij`` ``[O, C]`` float32. The other backends compute these entries but never store them."""
+    per_row = a.repeat_interleave(W.shape[0] // a.shape[0], dim=0) if a.shape[0] > 1 else a
+    return (W.float() * per_row).abs_()
+
+
+def column_norm_(x: Tensor, acc: Tensor, ord: float) -> None:
+    """``acc[j] += sum_m |x_mj|^ord``, or ``acc[j] = max(acc[j], max_m |x_mj|)`` for ``ord = inf``."""
+    for rows in x.split(ROWS_PER_CHUNK):
+        magnitude = rows.double().abs_()
+        if ord == float("inf"):
+            if rows.shape[0]:
+                torch.maximum(acc, magnitude.amax(0), out=acc)
+        else:
+            acc += (magnitude if ord == 1 else magnitude.square_()).sum(0)
+
+
+def column_norm_conv2d_(
+    x: Tensor,
+    acc: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    ord: float,
+) -> None:
+    """:func:`column_norm_` of the unfolded ``x`` ``[B, C_in, H, W]`` into ``acc`` ``[groups, C_in/groups * kh * kw]``."""
+    top, bottom, left, right = padding
+    for image in x.split(1):  # one image at a time bounds the unfolded copy
+        padded = torch.nn.functional.pad(image.double(), (left, right, top, bottom))
+        unfolded = torch.nn.functional.unfold(
+            padded, kernel_size, dilation=dilation, stride=stride
+        )  # [1, C_in*kh*kw, L]
+        column_norm_(unfolded[0].t(), acc.view(-1), ord)
+
+
+def score_topk(W: Tensor, a: Tensor, k: int) -> Tensor:
+    """Per row the columns of the ``k`` largest scores ``[O, k]`` int32 ascending; ties go to the lower column."""
+    columns = torch.empty(W.shape[0], k, dtype=torch.int32, device=W.device)
+    per_row = a.repeat_interleave(W.shape[0] // a.shape[0], dim=0) if a.shape[0] > 1 else a.expand(W.shape[0], -1)
+    for start in range(0, W.shape[0], ROWS_PER_CHUNK):
+        stop = start + ROWS_PER_CHUNK
+        s = (W[start:stop].float() * per_row[start:stop]).abs_()
+        order = s.argsort(dim=1, descending=True, stable=True)[:, :k]
+        columns[start:stop] = order.sort(dim=1).values
+    return columns
+
+
+def score_kth(weights: list[Tensor], factors: list[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k-th largest score of all tensors together, and per tensor how many scores lie above it and are equal to it."""
+    flat = torch.cat([scores(W, a).flatten() for W, a in zip(weights, factors, strict=True)])
+    threshold = flat.sort(descending=True).values[k - 1]
+    greater = [_above(scores(W, a), threshold).sum() for W, a in zip(weights, factors, strict=True)]
+    equal = [_same(scores(W, a), threshold).sum() for W, a in zip(weights, factors, strict=True)]
+    return threshold, torch.stack(greater), torch.stack(equal)
+
+
+def score_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) -> tuple[Tensor, Tensor]:
+    """CSR of the entries whose score is above ``threshold``, and of the first ``ties`` (row by row) equal to it."""
+    s = scores(W, a)
+    equal = _same(s, threshold)
+    chosen = _above(s, threshold) | (equal & (equal.flatten().cumsum(0).view_as(s) <= ties))
+    row_offsets = torch.zeros(W.shape[0] + 1, dtype=torch.int32, device=W.device)
+    row_offsets[1:] = chosen.sum(1).cumsum(0)
+    columns = chosen.nonzero()[:, 1].int()
+    if columns.numel() != nnz:
+        raise ValueError(f"nnz must be the number of entries chosen, {columns.numel()}, got {nnz}")
+    return row_offsets, columns
+
+
+def _above(s: Tensor, threshold: Tensor) -> Tensor:
+    return (s > threshold) | (s.isnan() & ~threshold.isnan())  # NaN ranks above every number, as in torch.sort
+
+
+def _same(s: Tensor, threshold: Tensor) -> Tensor:
+    return (s == threshold) | (s.isnan() & threshold.isnan())
+
+
+def entry_rows(row_offsets: Tensor) -> Tensor:
+    """The row of each CSR entry ``[nnz]`` int64."""
+    lengths = row_offsets.diff().long()
+    return torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
+
+
+def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor) -> None:
+    """``W[selection] = values``, rounded to the dtype of ``W``."""
+    W.index_put_((entry_rows(row_offsets), columns.long()), values.to(W.dtype))
+
+
+def masked_adamw_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    row_offsets: list[Tensor],
+    columns: list[Tensor],
+    masters: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    lrs: Tensor,
+    weight_decays: list[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) on the selected entries; nothing changes where ``found_inf`` is set."""
+    if found_inf is not None and bool(found_inf):
+        return
+    for i, W in enumerate(weights):
+        steps[i] += 1
+        step, lr = float(steps[i]), float(lrs[i])
+        rows, cols = entry_rows(row_offsets[i]), columns[i].long()
+        grad = (grads[i] if grads[i].dim() == 1 else grads[i][rows, cols]).float()
+        if grad_scale is not None:
+            grad = grad / grad_scale
+        if maximize:
+            grad = -grad
+        value = masters[i] if masters[i].numel() else W[rows, cols]
+        value = value * (1 - lr * weight_decays[i])
+        exp_avgs[i].lerp_(grad, 1 - beta1)
+        exp_avg_sqs[i].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = (exp_avg_sqs[i].sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+        value.addcdiv_(exp_avgs[i], denominator, value=-lr / (1 - beta1**step))
+        if masters[i].numel():
+            masters[i].copy_(value)
+        scatter_values_(W, row_offsets[i], columns[i], value)
