@@ -208,9 +208,7 @@ def _factor_matrix(W: Tensor, a: Tensor, where: str = "") -> Tensor:
     if matrix.dim() != 2 or matrix.shape[1] != W.shape[1]:
         raise ValueError(f"a{where} must be [{W.shape[1]}] or [G, {W.shape[1]}], got shape {list(a.shape)}")
     if matrix.shape[0] < 1 or W.shape[0] % matrix.shape[0]:
-        raise ValueError(
-            f"a{where} has {matrix.shape[0]} groups, which do not divide the {W.shape[0]} rows of W{where}"
-        )
+        raise ValueError(f"a{where} has {matrix.shape[0]} groups, which do not divide the {W.shape[0]} rows of W{where}")
     return matrix.contiguous()
 
 

@@ -102,9 +102,7 @@ def _why_unavailable(name: str, device: torch.device) -> str | None:
         if not _triton_installed():
             return "triton is not installed"
         if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
-            return (
-                f"triton serves CUDA and ROCm tensors (CPU ones only under TRITON_INTERPRET=1), these are on {device}"
-            )
+            return f"triton serves CUDA and ROCm tensors (CPU ones only under TRITON_INTERPRET=1), these are on {device}"
     return None
 
 

@@ -42,9 +42,7 @@ def column_norm_conv2d_(
     top, bottom, left, right = padding
     for image in x.split(1):  # one image at a time bounds the unfolded copy
         padded = torch.nn.functional.pad(image.double(), (left, right, top, bottom))
-        unfolded = torch.nn.functional.unfold(
-            padded, kernel_size, dilation=dilation, stride=stride
-        )  # [1, C_in*kh*kw, L]
+        unfolded = torch.nn.functional.unfold(padded, kernel_size, dilation=dilation, stride=stride)  # [1, C_in*kh*kw, L]
         column_norm_(unfolded[0].t(), acc.view(-1), ord)
 
 
