@@ -61,7 +61,7 @@ def score_topk(W: Tensor, a: Tensor, k: int) -> Tensor:
 def score_kth(weights: list[Tensor], factors: list[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k-th largest score of all tensors together, and per tensor how many scores lie above it and are equal to it."""
     flat = torch.cat([scores(W, a).flatten() for W, a in zip(weights, factors, strict=True)])
-    threshold = flat.sort(descending=True).values[k - 1]
+    threshold = flat.sort(descending=True).values[k - 1].clone()
     greater = [_above(scores(W, a), threshold).sum() for W, a in zip(weights, factors, strict=True)]
     equal = [_same(scores(W, a), threshold).sum() for W, a in zip(weights, factors, strict=True)]
     return threshold, torch.stack(greater), torch.stack(equal)

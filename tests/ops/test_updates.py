@@ -1,0 +1,262 @@
+"""``scatter_values_`` and ``masked_adamw_`` on every backend."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fps_kernels import ops
+from fps_kernels.ops import reference
+
+INT = torch.int32
+
+
+def random_csr(rows: int, columns: int, device: torch.device, density: float = 0.2) -> tuple[Tensor, Tensor]:
+    mask = torch.rand(rows, columns, device=device) < density
+    if rows > 1:
+        mask[1] = False  # a row without entries
+    row_offsets = torch.cat([torch.zeros(1, dtype=INT, device=device), mask.sum(1).cumsum(0).to(INT)])
+    return row_offsets, mask.nonzero()[:, 1].to(INT)
+
+
+def layouts(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        "contiguous": torch.randn(13, 37, device=device).to(dtype),
+        "transposed": torch.randn(37, 13, device=device).to(dtype).t(),
+        "sliced": torch.randn(26, 80, device=device).to(dtype)[::2, 3:77:2],
+        "single": torch.randn(1, 1, device=device).to(dtype),
+        "no columns": torch.randn(3, 0, device=device).to(dtype),
+    }
+
+
+LAYOUTS = list(layouts(torch.device("cpu"), torch.float32))
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int32 if x.element_size() == 4 else torch.int16)
+
+
+@pytest.mark.parametrize("values_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scatter(backend, device, dtype, layout, values_dtype):
+    W = layouts(device, dtype)[layout]
+    row_offsets, columns = random_csr(*W.shape, device)
+    values = torch.randn(columns.numel(), device=device).to(values_dtype)
+    expected = W.clone()
+    rows = reference.entry_rows(row_offsets)
+    for row, column, value in zip(rows.tolist(), columns.tolist(), values, strict=True):
+        expected[row, column] = value
+    ops.scatter_values_(W, row_offsets, columns, values)
+    assert torch.equal(bits(W), bits(expected))
+
+
+def test_scatter_rounds_to_nearest_even(backend, device):
+    W = torch.zeros(1, 4, dtype=torch.bfloat16, device=device)
+    values = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, float("nan")], device=device)
+    ops.scatter_values_(W, torch.tensor([0, 4], dtype=INT, device=device), torch.arange(4, dtype=INT, device=device), values)
+    assert torch.equal(W.float().nan_to_num(-1), values.to(torch.bfloat16).view(1, 4).float().nan_to_num(-1))
+
+
+class Problem:
+    """Several weights with their selections, gradients and state, and the same entries as dense torch parameters."""
+
+    def __init__(self, device, weight_dtype, grad_dtype=None, compact=False, names=LAYOUTS):
+        shapes = layouts(device, weight_dtype)
+        self.weights = [shapes[name] for name in names]
+        self.csr = [random_csr(*W.shape, device) for W in self.weights]
+        self.rows = [reference.entry_rows(offsets) for offsets, _ in self.csr]
+        self.masters = [
+            W[rows, c.long()].float() if weight_dtype != torch.float32 else torch.empty(0, device=device)
+            for W, rows, (_, c) in zip(self.weights, self.rows, self.csr, strict=True)
+        ]
+        self.device, self.compact, self.grad_dtype = device, compact, grad_dtype or weight_dtype
+        self.exp_avgs = [torch.zeros(c.numel(), device=device) for _, c in self.csr]
+        self.exp_avg_sqs = [torch.zeros(c.numel(), device=device) for _, c in self.csr]
+        self.steps = [torch.zeros((), device=device) for _ in self.csr]
+        self.before = [W.clone() for W in self.weights]
+
+    def values(self, i: int) -> Tensor:
+        if self.masters[i].numel():
+            return self.masters[i]
+        return self.weights[i][self.rows[i], self.csr[i][1].long()]
+
+    def gradients(self) -> list[Tensor]:
+        if self.compact:
+            return [torch.randn(c.numel(), device=self.device).to(self.grad_dtype) for _, c in self.csr]
+        return [torch.randn_like(W.float()).to(self.grad_dtype) for W in self.weights]
+
+    def at_entries(self, grads: list[Tensor]) -> list[Tensor]:
+        if self.compact:
+            return grads
+        return [g[rows, c.long()] for g, rows, (_, c) in zip(grads, self.rows, self.csr, strict=True)]
+
+    def step(self, grads, lrs, weight_decays, betas=(0.9, 0.999), eps=1e-8, maximize=False, scale=None, found_inf=None):
+        ops.masked_adamw_(
+            self.weights,
+            grads,
+            [offsets for offsets, _ in self.csr],
+            [columns for _, columns in self.csr],
+            self.masters,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            self.steps,
+            torch.tensor(lrs, dtype=torch.float64, device=self.device),
+            weight_decays,
+            *betas,
+            eps,
+            maximize,
+            scale,
+            found_inf,
+        )
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("compact", [False, True], ids=["dense", "compact"])
+def test_follows_torch_adamw(backend, device, compact, maximize):
+    """Ten steps with one learning rate and decay per tensor stay within the stated bound of torch.optim.AdamW."""
+    problem = Problem(device, torch.float32, compact=compact)
+    n = len(problem.weights)
+    lrs, decays = [10.0 ** -(1 + i) for i in range(n)], [0.1 * i for i in range(n)]
+    peers = [torch.nn.Parameter(problem.values(i).clone()) for i in range(n)]
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "lr": lr, "weight_decay": wd} for p, lr, wd in zip(peers, lrs, decays, strict=True)],
+        maximize=maximize,
+        foreach=False,
+    )
+    for _ in range(10):
+        grads = problem.gradients()
+        for peer, grad in zip(peers, problem.at_entries(grads), strict=True):
+            peer.grad = grad.float()
+        optimizer.step()
+        problem.step(grads, lrs, decays, maximize=maximize)
+    for i, peer in enumerate(peers):
+        moved = 10 * lrs[i] * (1 + decays[i] * peer.abs().max().item() if peer.numel() else 1)
+        torch.testing.assert_close(problem.values(i), peer.data, rtol=10 * 2**-23, atol=2e-6 * moved)
+        assert problem.steps[i].item() == 10
+
+
+def test_unselected_entries_keep_their_bits(backend, device, dtype):
+    problem = Problem(device, dtype)
+    n = len(problem.weights)
+    for _ in range(3):
+        problem.step(problem.gradients(), [0.1] * n, [0.5] * n)
+    for i, (W, before) in enumerate(zip(problem.weights, problem.before, strict=True)):
+        selected = torch.zeros(W.shape, dtype=torch.bool, device=device)
+        selected[problem.rows[i], problem.csr[i][1].long()] = True
+        assert torch.equal(bits(W)[~selected], bits(before)[~selected])
+        if selected.any():
+            assert not torch.equal(bits(W)[selected], bits(before)[selected])
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_weights_have_float32_masters(backend, device, dtype, grad_dtype):
+    """Against the reference in float32: the master moves even where a 16-bit weight could not."""
+    problem = Problem(device, dtype, grad_dtype)
+    n = len(problem.weights)
+    expected_values = [problem.values(i).double() for i in range(n)]
+    m = [torch.zeros_like(v) for v in expected_values]
+    v2 = [torch.zeros_like(v) for v in expected_values]
+    for step in range(1, 4):
+        grads = problem.gradients()
+        problem.step(grads, [1e-4] * n, [0.01] * n)
+        for i, grad in enumerate(problem.at_entries(grads)):
+            g = grad.double()
+            m[i] = 0.9 * m[i] + 0.1 * g
+            v2[i] = 0.999 * v2[i] + 0.001 * g * g
+            decayed = expected_values[i] * (1 - 1e-4 * 0.01)
+            update = (m[i] / (1 - 0.9**step)) / ((v2[i] / (1 - 0.999**step)).sqrt() + 1e-8)
+            expected_values[i] = decayed - 1e-4 * update
+    for i in range(n):
+        torch.testing.assert_close(problem.values(i).double(), expected_values[i], rtol=9 * 2**-24, atol=1e-9)
+        assert torch.equal(problem.weights[i][problem.rows[i], problem.csr[i][1].long()], problem.values(i).to(dtype))
+
+
+def test_grad_scale_and_found_inf(backend, device):
+    scaled, plain = Problem(device, torch.float32, names=["contiguous"]), None
+    grads = scaled.gradients()
+    twin = [W.clone() for W in scaled.weights]
+    scaled.step([g * 1024 for g in grads], [0.1], [0.0], scale=torch.tensor(1024.0, device=device))
+    plain = Problem(device, torch.float32, names=["contiguous"])
+    plain.weights, plain.csr, plain.rows = twin, scaled.csr, scaled.rows
+    plain.exp_avgs = [torch.zeros_like(m) for m in scaled.exp_avgs]
+    plain.exp_avg_sqs = [torch.zeros_like(m) for m in scaled.exp_avgs]
+    plain.step(grads, [0.1], [0.0], found_inf=torch.tensor(0.0, device=device))
+    assert torch.equal(bits(scaled.weights[0]), bits(twin[0]))
+
+    state = [t.clone() for t in (*twin, *plain.exp_avgs, *plain.exp_avg_sqs, *plain.steps)]
+    bad = [torch.full_like(g, float("inf")) for g in grads]
+    plain.step(bad, [0.1], [0.1], found_inf=torch.tensor(1.0, device=device))
+    for before, after in zip(state, (*twin, *plain.exp_avgs, *plain.exp_avg_sqs, *plain.steps), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_strided_dense_gradients(backend, device):
+    problem = Problem(device, torch.float32, names=["contiguous", "transposed"])
+    grads = [torch.randn(37, 13, device=device).t(), torch.randn(13, 74, device=device)[:, ::2]]
+    expected = Problem(device, torch.float32, names=["contiguous", "transposed"])
+    expected.weights = [W.clone() for W in problem.weights]
+    expected.csr, expected.rows = problem.csr, problem.rows
+    expected.exp_avgs = [torch.zeros_like(m) for m in problem.exp_avgs]
+    expected.exp_avg_sqs = [torch.zeros_like(m) for m in problem.exp_avgs]
+    problem.step(grads, [0.1, 0.1], [0.0, 0.0])
+    expected.step([g.contiguous() for g in grads], [0.1, 0.1], [0.0, 0.0])
+    for W, twin in zip(problem.weights, expected.weights, strict=True):
+        assert torch.equal(W, twin)
+
+
+def test_nothing_to_do(backend, device):
+    lrs = torch.zeros(0, dtype=torch.float64, device=device)
+    ops.masked_adamw_([], [], [], [], [], [], [], [], lrs, [], 0.9, 0.999, 1e-8, False, None, None)
+
+
+def test_opcheck(backend, device):
+    W = torch.randn(5, 7, device=device)
+    row_offsets, columns = random_csr(5, 7, device)
+    torch.library.opcheck(ops.scatter_values_, (W, row_offsets, columns, torch.randn(columns.numel(), device=device)))
+    state = [torch.zeros(columns.numel(), device=device) for _ in range(2)]
+    lrs = torch.tensor([0.1], dtype=torch.float64, device=device)
+    arguments = ([W], [torch.randn_like(W)], [row_offsets], [columns], [torch.empty(0, device=device)], [state[0]])
+    arguments += ([state[1]], [torch.zeros((), device=device)], lrs, [0.0], 0.9, 0.999, 1e-8, False, None, None)
+    torch.library.opcheck(ops.masked_adamw_, arguments)
+
+
+def test_bad_arguments():
+    W = torch.ones(4, 6)
+    before = W.clone()
+    offsets, columns = torch.tensor([0, 1, 1, 2, 2], dtype=INT), torch.tensor([3, 5], dtype=INT)
+    for arguments, error, match in (
+        ((W, offsets.long(), columns, torch.ones(2)), TypeError, "row_offsets must be torch.int32"),
+        ((W, offsets[:-1], columns, torch.ones(2)), ValueError, r"row_offsets must have shape \[5\]"),
+        ((W, offsets, columns, torch.ones(3)), ValueError, r"values must have shape \[2\]"),
+        ((W.long(), offsets, columns, torch.ones(2)), TypeError, "W must be float32"),
+    ):
+        with pytest.raises(error, match=match):
+            ops.scatter_values_(*arguments)
+    state = torch.zeros(2)
+    lrs = torch.tensor([0.1], dtype=torch.float64)
+
+    def call(**change):
+        arguments = {
+            "weights": [W],
+            "grads": [torch.ones(4, 6)],
+            "row_offsets": [offsets],
+            "columns": [columns],
+            "masters": [torch.empty(0)],
+            "exp_avgs": [state],
+            "exp_avg_sqs": [state.clone()],
+            "steps": [torch.tensor(0.0)],
+            "lrs": lrs,
+            "weight_decays": [0.0],
+        }
+        ops.masked_adamw_(*(arguments | change).values(), 0.9, 0.999, 1e-8, False, None, None)
+
+    for change, error, match in (
+        ({"grads": []}, ValueError, "grads must have one item per weight"),
+        ({"grads": [torch.ones(4, 5)]}, ValueError, r"grads\[0\] must have shape \[4, 6\]"),
+        ({"grads": [torch.ones(3)]}, ValueError, r"grads\[0\] must have shape \[2\]"),
+        ({"exp_avgs": [state.double()]}, TypeError, r"exp_avgs\[0\] must be torch.float32"),
+        ({"lrs": lrs.float()}, TypeError, "lrs must be torch.float64"),
+        ({"steps": [torch.zeros(1)]}, ValueError, r"steps\[0\] must have shape \[\]"),
+    ):
+        with pytest.raises(error, match=match):
+            call(**change)
+    assert torch.equal(W, before)
