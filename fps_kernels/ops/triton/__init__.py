@@ -1,0 +1,12 @@
+"""The ops on CUDA and ROCm GPUs, as Triton kernels; on CPU tensors too where ``TRITON_INTERPRET=1``.
+
+Each file is one family of kernels on three floors: the backend's op on top, a launch function that chooses block sizes
+below it, the jit kernels at the bottom. What an op means is in :mod:`fps_kernels.ops.reference`.
+"""
+
+from fps_kernels.ops.triton.column_norm import column_norm_
+from fps_kernels.ops.triton.column_norm_conv2d import column_norm_conv2d_
+from fps_kernels.ops.triton.score_threshold import score_kth, score_select
+from fps_kernels.ops.triton.score_topk import score_topk
+
+__all__ = ["column_norm_", "column_norm_conv2d_", "score_kth", "score_select", "score_topk"]

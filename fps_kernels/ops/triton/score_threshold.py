@@ -1,0 +1,335 @@
+"""``score_kth`` and ``score_select``: the exact k-th largest score of many tensors, and the entries it chooses.
+
+A pass over the weights costs one launch for each kind of tensor in the list (dtype, alignment, wide or narrow), normally
+one in all, however many tensors there are: a table of pointers says where they are, a map gives each program its rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fps_kernels.ops.triton.floats import NAN_KEY, canonical_key, score_key
+from fps_kernels.ops.triton.tables import block_map, device_table
+
+# The 31 bits of a key in four digits, the exponent first. `tl.histogram` spends about one instruction per bin and
+# warp, so wider digits would save a pass over the weights and cost more than that pass.
+DIGIT_SHIFTS = (23, 15, 7, 0)
+DIGIT_BITS = (8, 8, 8, 7)
+ENTRIES_PER_PROGRAM = 65536  # enough to make flushing 256 counters cheap; ViT-B's weights give 1300 programs
+TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def score_kth(weights: list[Tensor], factors: list[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`fps_kernels.ops.reference.score_kth`, without waiting for the device."""
+    with torch.cuda.device_of(weights[0]):
+        return launch_radix_passes(weights, factors, k)
+
+
+def score_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) -> tuple[Tensor, Tensor]:
+    """:func:`fps_kernels.ops.reference.score_select`, without waiting for the device."""
+    with torch.cuda.device_of(W):
+        row_offsets, columns = launch_select(W, a, threshold, ties, nnz)
+    if W.device.type == "cpu" and int(row_offsets[-1]) != nnz:
+        raise ValueError(f"nnz must be the number of entries chosen, {int(row_offsets[-1])}, got {nnz}")
+    return row_offsets, columns
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a kernel must know of a tensor at compile time."""
+
+    dtype: torch.dtype
+    aligned: bool  # 16-byte loads: unit column stride, everything divisible
+    narrow: bool
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return (128, 32) if self.narrow else (16, 256)
+
+
+def _kind(W: Tensor, a: Tensor) -> _Kind:
+    aligned = W.stride(1) == 1 and all(n % 16 == 0 for n in (W.data_ptr(), a.data_ptr(), W.stride(0), W.shape[1]))
+    return _Kind(W.dtype, aligned, W.shape[1] <= 64)
+
+
+def launch_radix_passes(weights: list[Tensor], factors: list[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Four passes, each followed by the choice of its digit on the device: only counts and two numbers of state exist."""
+    device, n = weights[0].device, len(weights)
+    kinds: dict[_Kind, list[int]] = {}
+    for i, (W, a) in enumerate(zip(weights, factors, strict=True)):
+        if W.numel():
+            kinds.setdefault(_kind(W, a), []).append(i)
+    table: list[int] = []
+    rows_per_program = [max(1, ENTRIES_PER_PROGRAM // max(128, W.shape[1])) for W in weights]
+    for W, a, rows in zip(weights, factors, rows_per_program, strict=True):
+        table += (W.data_ptr(), a.data_ptr(), *W.shape, *W.stride(), max(1, W.shape[0] // a.shape[0]), rows)
+    maps = {
+        kind: block_map([(i, triton.cdiv(weights[i].shape[0], rows_per_program[i])) for i in members], device)
+        for kind, members in kinds.items()
+    }
+    pointers = device_table(tuple(table), device)
+    state = torch.empty(2, dtype=torch.int64, device=device)  # the key's leading digits; the rank among keys that share them
+    shared = torch.zeros(len(DIGIT_BITS) - 1, 256, dtype=torch.int64, device=device)
+    own = torch.zeros(n, 128, dtype=torch.int64, device=device)  # last digit: a histogram per tensor
+    greater = torch.zeros(n, dtype=torch.int64, device=device)
+    equal = torch.empty(n, dtype=torch.int64, device=device)
+    threshold = torch.empty((), dtype=torch.float32, device=device)
+    for number, (shift, bits) in enumerate(zip(DIGIT_SHIFTS, DIGIT_BITS, strict=True)):
+        first, last = number == 0, number == len(DIGIT_BITS) - 1
+        histogram = own if last else shared[number]
+        for kind, map_ in maps.items():
+            _histogram[(map_.numel(),)](
+                pointers,
+                map_,
+                state,
+                histogram,
+                greater,
+                SHIFT=shift,
+                BITS=bits,
+                FIRST=first,
+                LAST=last,
+                DTYPE=TL_DTYPES[kind.dtype],
+                ALIGNED=kind.aligned,
+                BLOCK_R=kind.tile[0],
+                BLOCK_C=kind.tile[1],
+                num_warps=4,
+            )
+        _choose_digit[(1,)](histogram, state, k, n if last else 1, FIRST=first, BITS=bits, BLOCK_N=16, num_warps=4)
+    _counts[(n,)](own, state, threshold, greater, equal, BITS=DIGIT_BITS[-1], num_warps=4)
+    return threshold, greater, equal
+
+
+def launch_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) -> tuple[Tensor, Tensor]:
+    """Counts per row, their prefix sums, then the columns: two reads of ``W``."""
+    O, C = W.shape
+    block_c = min(1024, max(32, triton.next_power_of_2(C)))
+    block_r = 4096 // block_c
+    counts = torch.empty(2, O, dtype=torch.int32, device=W.device)
+    row_offsets = torch.empty(O + 1, dtype=torch.int32, device=W.device)
+    ties_before = torch.empty(O, dtype=torch.int64, device=W.device)
+    columns = torch.empty(nnz, dtype=torch.int32, device=W.device)
+    grid = (triton.cdiv(O, block_r),)
+    matrix = (W, a, threshold, O, C, W.stride(0), W.stride(1), O // a.shape[0])
+    _count_rows[grid](*matrix, counts, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+    _offsets[(1,)](counts, row_offsets, ties_before, O, ties, BLOCK=1024, num_warps=4)
+    if nnz:
+        _fill_rows[grid](
+            *matrix, row_offsets, ties_before, columns, ties, nnz, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4
+        )
+    return row_offsets, columns
+
+
+@triton.jit
+def _histogram(
+    table_ptr,
+    map_ptr,
+    state_ptr,
+    histogram_ptr,
+    greater_ptr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One digit of the radix selection in ``reference.score_kth``: how often each value of the digit occurs among the keys
+    that share the digits chosen so far. In the last pass per tensor, with the number of keys above them.
+
+    Must move: every weight once. A program counts in registers and adds its non-zero counters once, with integer
+    atomics, whose order changes nothing; tiles without a candidate, nearly all in the last passes, skip the counting.
+    """
+    BINS: tl.constexpr = 1 << BITS
+    entry = tl.load(map_ptr + tl.program_id(0))  # tensor << 32 | number of the program within it
+    tensor = entry >> 32
+    fields = table_ptr + tensor * 8
+    W_ptr = tl.load(fields).to(tl.pointer_type(DTYPE))
+    a_ptr = tl.load(fields + 1).to(tl.pointer_type(tl.float32))
+    O = tl.load(fields + 2)
+    C = tl.load(fields + 3)
+    stride_o = tl.load(fields + 4)
+    stride_c = tl.load(fields + 5)
+    rows_per_group = tl.load(fields + 6)
+    rows_per_program = tl.load(fields + 7)
+    if ALIGNED:  # promises that hold for this kind of tensor; nothing is known of numbers read from a table
+        W_ptr = tl.multiple_of(W_ptr, 16)
+        a_ptr = tl.multiple_of(a_ptr, 16)
+        stride_o = tl.multiple_of(stride_o, 16)
+        C = tl.multiple_of(C, 16)
+        stride_c = 1
+    if FIRST:
+        prefix = 0
+    else:
+        prefix = tl.load(state_ptr).to(tl.int32)
+    counts = tl.zeros([BINS], tl.int32)
+    above = tl.zeros([BLOCK_R], tl.int32)
+    first = (entry & 0xFFFFFFFF) * rows_per_program
+    last = tl.minimum(first + rows_per_program, O)
+    for start in range(first, last, BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)  # [R] int64
+        groups = rows // rows_per_group
+        for start_c in range(0, C, BLOCK_C):
+            columns = start_c + tl.arange(0, BLOCK_C)  # [C] int64
+            inside = (rows < last)[:, None] & (columns < C)[None, :]
+            w = tl.load(W_ptr + rows[:, None] * stride_o + columns[None, :] * stride_c, mask=inside, other=0.0)
+            a = tl.load(a_ptr + groups[:, None] * C + columns[None, :], mask=inside, other=0.0)
+            key = score_key(w, a)  # [R, C]
+            digit = (key >> SHIFT) & (BINS - 1)
+            if FIRST:
+                counts += tl.histogram(tl.ravel(digit), BINS, mask=tl.ravel(inside))
+            else:
+                leading = key >> (SHIFT + BITS)
+                candidate = inside & (leading == prefix)
+                if tl.max(tl.max(candidate.to(tl.int32), 1), 0) > 0:
+                    counts += tl.histogram(tl.ravel(digit), BINS, mask=tl.ravel(candidate))
+                if LAST:
+                    above += tl.sum((inside & (leading > prefix)).to(tl.int32), 1)
+    bins = tl.arange(0, BINS)
+    if LAST:
+        tl.atomic_add(histogram_ptr + tensor * BINS + bins, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+        tl.atomic_add(greater_ptr + tensor, tl.sum(above.to(tl.int64), 0), sem="relaxed")
+    else:
+        tl.atomic_add(histogram_ptr + bins, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["k", "n"])
+def _choose_digit(histogram_ptr, state_ptr, k, n, FIRST: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The digit of the k-th largest key in ``reference.score_kth``, from the histogram: the highest bin such that at least
+    as many keys lie in it and above it as the rank that remains. Must move: the histogram, ``n`` rows of it."""
+    BINS: tl.constexpr = 1 << BITS
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros([BINS], tl.int64)
+    for start in range(0, n, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)  # [N]
+        part = tl.load(histogram_ptr + rows[:, None].to(tl.int64) * BINS + bins[None, :], mask=(rows < n)[:, None], other=0)
+        counts += tl.sum(part, 0)
+    if FIRST:
+        prefix = tl.zeros([], tl.int64)
+        rank = tl.zeros([], tl.int64) + k
+    else:
+        prefix = tl.load(state_ptr)
+        rank = tl.load(state_ptr + 1)
+    reached = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts  # keys in this bin and above it
+    digit = tl.sum((reached >= rank).to(tl.int32), 0) - 1
+    tl.store(state_ptr, prefix * BINS + digit)
+    tl.store(state_ptr + 1, rank - tl.sum(tl.where(bins > digit, counts, 0), 0))
+
+
+@triton.jit
+def _counts(own_ptr, state_ptr, threshold_ptr, greater_ptr, equal_ptr, BITS: tl.constexpr):
+    """The results of ``reference.score_kth`` for one tensor per program, from the histogram of its last digit."""
+    BINS: tl.constexpr = 1 << BITS
+    tensor = tl.program_id(0).to(tl.int64)
+    key = tl.load(state_ptr).to(tl.int32)
+    bins = tl.arange(0, BINS)
+    counts = tl.load(own_ptr + tensor * BINS + bins)
+    digit = key & (BINS - 1)
+    higher = tl.sum(tl.where(bins > digit, counts, 0), 0)
+    tl.store(greater_ptr + tensor, tl.load(greater_ptr + tensor) + higher)
+    tl.store(equal_ptr + tensor, tl.sum(tl.where(bins == digit, counts, 0), 0))
+    if tensor == 0:
+        bits = tl.where(key == NAN_KEY, 0x7FC00000, key)  # a quiet NaN
+        tl.store(threshold_ptr, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _tile_keys(W_ptr, a_ptr, rows, start, O, C, stride_o, stride_c, rows_per_group, BLOCK_C: tl.constexpr):
+    """The keys ``[R, C]`` of some rows from column ``start`` on, -1 outside the matrix, and the columns."""
+    columns = start + tl.arange(0, BLOCK_C)
+    inside = (rows < O)[:, None] & (columns < C)[None, :]
+    w = tl.load(W_ptr + rows[:, None] * stride_o + columns.to(tl.int64)[None, :] * stride_c, mask=inside, other=0.0)
+    a = tl.load(a_ptr + (rows // rows_per_group)[:, None] * C + columns[None, :], mask=inside, other=0.0)
+    return tl.where(inside, score_key(w, a), -1), columns
+
+
+@triton.jit
+def _count_rows(
+    W_ptr,
+    a_ptr,
+    threshold_ptr,
+    O,
+    C,
+    stride_o,
+    stride_c,
+    rows_per_group,
+    counts_ptr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """First of ``reference.score_select``: ``counts[0]`` above and ``counts[1]`` equal to the threshold, for every row.
+
+    Must move: ``W`` once, 8 bytes per row out.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [R]
+    threshold = canonical_key(tl.load(threshold_ptr))
+    above = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
+    tied = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
+    for start in range(0, C, BLOCK_C):
+        key, _ = _tile_keys(W_ptr, a_ptr, rows, start, O, C, stride_o, stride_c, rows_per_group, BLOCK_C)
+        above += (key > threshold).to(tl.int32)
+        tied += (key == threshold).to(tl.int32)
+    tl.store(counts_ptr + rows, tl.sum(above, 1), mask=rows < O)
+    tl.store(counts_ptr + O + rows, tl.sum(tied, 1), mask=rows < O)
+
+
+@triton.jit(do_not_specialize=["ties"])
+def _offsets(counts_ptr, row_offsets_ptr, ties_before_ptr, O, ties, BLOCK: tl.constexpr):
+    """Second of ``reference.score_select``: prefix sums over the rows, ties going to the first rows that have them.
+
+    Must move: 8 bytes per row in, 12 out. One program: a weight has thousands of rows, not millions.
+    """
+    entries = tl.zeros([], tl.int64)
+    tied_entries = tl.zeros([], tl.int64)
+    tl.store(row_offsets_ptr, 0)
+    for start in range(0, O, BLOCK):
+        rows = start + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
+        above = tl.load(counts_ptr + rows, mask=rows < O, other=0).to(tl.int64)
+        tied = tl.load(counts_ptr + O + rows, mask=rows < O, other=0).to(tl.int64)
+        before = tied_entries + tl.cumsum(tied, 0) - tied
+        taken = above + tl.minimum(tied, tl.maximum(ties - before, 0))
+        tl.store(ties_before_ptr + rows, before, mask=rows < O)
+        tl.store(row_offsets_ptr + 1 + rows, (entries + tl.cumsum(taken, 0)).to(tl.int32), mask=rows < O)
+        entries += tl.sum(taken, 0)
+        tied_entries += tl.sum(tied, 0)
+
+
+@triton.jit(do_not_specialize=["ties", "nnz"])
+def _fill_rows(
+    W_ptr,
+    a_ptr,
+    threshold_ptr,
+    O,
+    C,
+    stride_o,
+    stride_c,
+    rows_per_group,
+    row_offsets_ptr,
+    ties_before_ptr,
+    columns_ptr,
+    ties,
+    nnz,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Third of ``reference.score_select``: the chosen columns of every row, in ascending order.
+
+    Must move: ``W`` once, ``4 nnz`` bytes out. Writes nothing at or beyond ``nnz``, whatever the counts are.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [R]
+    threshold = canonical_key(tl.load(threshold_ptr))
+    slot = tl.load(row_offsets_ptr + rows, mask=rows < O, other=0)  # [R] where the row's next column goes
+    ties_left = ties - tl.load(ties_before_ptr + rows, mask=rows < O, other=0)  # [R] int64
+    for start in range(0, C, BLOCK_C):
+        key, columns = _tile_keys(W_ptr, a_ptr, rows, start, O, C, stride_o, stride_c, rows_per_group, BLOCK_C)
+        tied = (key == threshold).to(tl.int32)
+        chosen = (key > threshold) | ((tied > 0) & (tl.cumsum(tied, 1) <= ties_left[:, None]))
+        taken = chosen.to(tl.int32)
+        slots = slot[:, None] + tl.cumsum(taken, 1) - 1  # [R, C]
+        tl.store(columns_ptr + slots, columns[None, :] + tl.zeros_like(slots), mask=chosen & (slots >= 0) & (slots < nnz))
+        slot += tl.sum(taken, 1)
+        ties_left -= tl.sum(tied, 1)

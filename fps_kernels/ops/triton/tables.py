@@ -1,0 +1,58 @@
+"""Tables of pointers and sizes, for kernels that serve a list of tensors of any number and shape in one launch."""
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+MOST_TABLES = 16
+
+_Key = tuple[tuple[int, ...], torch.device]
+_tables: OrderedDict[_Key, tuple[Tensor, torch.cuda.Stream, torch.cuda.Event]] = OrderedDict()
+_kept_for_graphs: dict[_Key, Tensor] = {}
+
+
+def device_table(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """An int64 tensor of ``values`` on ``device``, made without waiting for the device.
+
+    The same values give the same tensor again, so a list of tensors that stay where they are is copied once. A CUDA graph
+    under capture must find its tables made, by a warm-up call with the same tensors; they then live as long as the
+    process, since the graph holds their address.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured and there is no such table yet.
+    """
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    key = (values, device)
+    capturing = torch.cuda.is_current_stream_capturing()
+    stream = torch.cuda.current_stream(device)
+    if key not in _tables:
+        if capturing:
+            raise RuntimeError(
+                "a CUDA graph under capture needs a table of tensors that an earlier call has made: take a warm-up step "
+                "with the same tensors before it, gradients included (zero_grad(set_to_none=False) keeps them in place)"
+            )
+        _tables[key] = _upload(values, device, stream)
+        if len(_tables) > MOST_TABLES:
+            _tables.popitem(last=False)
+    _tables.move_to_end(key)
+    table, made_on, copied = _tables[key]
+    if capturing:  # the capture began with a synchronisation, so the copy is done
+        _kept_for_graphs[key] = table
+    elif stream != made_on:
+        stream.wait_event(copied)
+        table.record_stream(stream)
+    return table
+
+
+def block_map(blocks: list[tuple[int, int]], device: torch.device) -> Tensor:
+    """For each program what it works on, ``tensor << 32 | block``, given the number of blocks of every tensor."""
+    return device_table(tuple(tensor << 32 | block for tensor, count in blocks for block in range(count)), device)
+
+
+def _upload(
+    values: tuple[int, ...], device: torch.device, stream: torch.cuda.Stream
+) -> tuple[Tensor, torch.cuda.Stream, torch.cuda.Event]:
+    table = torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+    return table, stream, stream.record_event()
