@@ -1,1 +1,36 @@
-"""Choose the few weights worth tuning in one forward pass, and tune only those."""
+"""Choose the few weights worth tuning in one forward pass, and tune only those.
+
+selection = fps.select(model, data, scorer=fps.FPS(), budget=fps.PerNeuron(1))
+optimizer = fps.MaskedAdamW(fps.masked_parameters(model, selection), lr=1e-3)
+"""
+
+from fps_kernels.budgets import Global, PerNeuron, PerTensor
+from fps_kernels.calibration import ActivationStats, calibrate
+from fps_kernels.choosing import select
+from fps_kernels.ops import BackendUnavailableError, backend_for, use_backend
+from fps_kernels.optim import MaskedAdamW, masked_parameters
+from fps_kernels.scorers import FPS, GrowthDriven, Magnitude, Random, Wanda
+from fps_kernels.selection import Selection, WeightSelection
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FPS",
+    "ActivationStats",
+    "BackendUnavailableError",
+    "Global",
+    "GrowthDriven",
+    "Magnitude",
+    "MaskedAdamW",
+    "PerNeuron",
+    "PerTensor",
+    "Random",
+    "Selection",
+    "Wanda",
+    "WeightSelection",
+    "backend_for",
+    "calibrate",
+    "masked_parameters",
+    "select",
+    "use_backend",
+]

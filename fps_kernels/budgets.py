@@ -1,0 +1,197 @@
+"""How many entries, and who competes with whom. Counts are exact, always."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fps_kernels import ops
+from fps_kernels.matrices import MatrixLayout
+from fps_kernels.selection import WeightSelection
+
+
+@dataclass(frozen=True)
+class ScoredWeight:
+    """A weight with its column factors, ready to choose from.
+
+    Attributes:
+        name: parameter name.
+        layout: how the parameter is read as a matrix.
+        matrix: ``[O, C]``.
+        factors: float32 ``[G, C]``.
+    """
+
+    name: str
+    layout: MatrixLayout
+    matrix: Tensor
+    factors: Tensor
+
+
+def _check_density(density: float) -> None:
+    if not 0 < density <= 1:
+        raise ValueError(f"density must lie in (0, 1], got {density}")
+
+
+def _count(density: float, entries: int) -> int:
+    return max(1, min(entries, round(density * entries)))
+
+
+@dataclass(frozen=True)
+class PerNeuron:
+    """The ``k`` best entries of every output neuron (row): ``k * O`` entries of each weight.
+
+    Source: section 3.2 of GPS (Zhang et al., CVPR 2024), kept by FPS (arXiv 2510.27359).
+
+    Attributes:
+        k: entries per row, at least 1 and at most the columns of every weight.
+
+    Example:
+        >>> selection = fps.select(model, loader, budget=fps.PerNeuron(4))
+    """
+
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+
+    def check(self, name: str, layout: MatrixLayout) -> None:
+        """Refuse weights with fewer columns than ``k``."""
+        if self.k > layout.shape[1]:
+            raise ValueError(
+                f"k={self.k} exceeds the {layout.shape[1]} columns of {name}: choose a smaller k, or leave it out with "
+                f"exclude={name!r}"
+            )
+
+    def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
+        """The best entries of every weight."""
+        chosen = {}
+        for w in weights:
+            columns = ops.score_topk(w.matrix, w.factors, self.k)
+            row_offsets = torch.arange(columns.shape[0] + 1, device=columns.device, dtype=torch.int32) * self.k
+            chosen[w.name] = WeightSelection(w.layout, row_offsets, columns.flatten())
+        return chosen
+
+    def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
+        """As many entries, drawn uniformly."""
+        chosen = {}
+        for name, layout in layouts.items():
+            O, C = layout.shape
+            rows_at_once = max(1, 2**22 // max(C, 1))  # bounds the scratch
+            columns = [
+                torch.rand(min(rows_at_once, O - start), C, generator=generator).topk(self.k, sorted=False).indices
+                for start in range(0, O, rows_at_once)
+            ]
+            flat = torch.cat(columns).sort(1).values.int().flatten()
+            chosen[name] = WeightSelection(layout, torch.arange(O + 1, dtype=torch.int32) * self.k, flat)
+        return chosen
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """The best ``density`` of the entries of each weight: ``round(density * entries)``, at least one.
+
+    Attributes:
+        density: share of the entries, in (0, 1].
+
+    Example:
+        >>> selection = fps.select(model, loader, budget=fps.PerTensor(0.01))
+    """
+
+    density: float
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+
+    def check(self, name: str, layout: MatrixLayout) -> None:
+        """Every weight will do."""
+
+    def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
+        """The best entries of every weight."""
+        return {
+            name: entries
+            for w in weights
+            for name, entries in _choose_best([w], _count(self.density, w.matrix.numel())).items()
+        }
+
+    def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
+        """As many entries, drawn uniformly."""
+        chosen = {}
+        for name, layout in layouts.items():
+            entries = layout.shape[0] * layout.shape[1]
+            flat = _draw_distinct(entries, _count(self.density, entries), generator)
+            chosen[name] = WeightSelection.from_flat(layout, flat)
+        return chosen
+
+
+@dataclass(frozen=True)
+class Global:
+    """The best ``density`` of the entries of all weights together: ``round(density * entries)``, at least one.
+
+    Attributes:
+        density: share of the entries, in (0, 1].
+
+    Example:
+        >>> selection = fps.select(model, loader, budget=fps.Global(0.01))
+    """
+
+    density: float
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+
+    def check(self, name: str, layout: MatrixLayout) -> None:
+        """Every weight will do."""
+
+    def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
+        """The best entries of all weights together."""
+        devices = {str(w.matrix.device) for w in weights}
+        if len(devices) > 1:
+            raise ValueError(
+                f"a Global budget compares all weights, which lie on {', '.join(sorted(devices))}: use PerTensor or "
+                "PerNeuron, or bring the model to one device"
+            )
+        return _choose_best(weights, _count(self.density, sum(w.matrix.numel() for w in weights)))
+
+    def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
+        """As many entries, drawn uniformly."""
+        sizes = torch.tensor([layout.shape[0] * layout.shape[1] for layout in layouts.values()])
+        total = int(sizes.sum())
+        flat = _draw_distinct(total, _count(self.density, total), generator)
+        ends = sizes.cumsum(0)
+        parts = torch.tensor_split(flat, torch.searchsorted(flat, ends[:-1]).tolist())
+        return {
+            name: WeightSelection.from_flat(layout, part - (end - size))
+            for (name, layout), part, end, size in zip(layouts.items(), parts, ends, sizes, strict=True)
+        }
+
+
+Budget = PerNeuron | PerTensor | Global
+
+
+def _choose_best(weights: list[ScoredWeight], count: int) -> dict[str, WeightSelection]:
+    """The ``count`` largest scores of all weights together; equal scores go to the earlier entry."""
+    threshold, greater, equal = ops.score_kth([w.matrix for w in weights], [w.factors for w in weights], count)
+    above, same = greater.tolist(), equal.tolist()
+    ties_left = count - sum(above)
+    chosen = {}
+    for w, n_above, n_same in zip(weights, above, same, strict=True):
+        ties = min(ties_left, n_same)
+        ties_left -= ties
+        csr = ops.score_select(w.matrix, w.factors, threshold, ties, n_above + ties)
+        chosen[w.name] = WeightSelection(w.layout, *csr)
+    return chosen
+
+
+def _draw_distinct(total: int, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` distinct numbers below ``total``, uniformly, ascending, in memory proportional to ``count``."""
+    if count > total // 2:  # draw those to leave out instead
+        kept = torch.ones(total, dtype=torch.bool)
+        kept[_draw_distinct(total, total - count, generator)] = False
+        return kept.nonzero().squeeze(1)
+    drawn = torch.empty(0, dtype=torch.int64)
+    while drawn.numel() < count:
+        more = torch.randint(total, (count - drawn.numel() + 16 + count // 64,), generator=generator)
+        drawn = torch.cat([drawn, more]).unique()
+    surplus = torch.randperm(drawn.numel(), generator=generator)[:count]
+    return drawn[surplus].sort().values

@@ -1,0 +1,204 @@
+"""``select``: statistics, a scorer and a budget make a selection."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fps_kernels import ops
+from fps_kernels.budgets import Budget, PerNeuron, ScoredWeight
+from fps_kernels.calibration import ActivationStats, calibrate
+from fps_kernels.forward_pass import Forward, check_has_values, matrix_parameters
+from fps_kernels.matrices import MatrixLayout, is_simulated
+from fps_kernels.roles import Patterns, as_patterns, default_dense, matching
+from fps_kernels.scorers import FPS, ColumnScorer, Random, Scorer
+from fps_kernels.selection import Selection, WeightSelection
+
+
+def select(
+    model: nn.Module,
+    data: Iterable[Any] | None = None,
+    *,
+    scorer: Scorer | None = None,
+    budget: Budget | None = None,
+    stats: ActivationStats | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    dense: Patterns | None = None,
+    forward: Forward | None = None,
+    micro_batch: int | None = None,
+    progress: bool | None = None,
+) -> Selection:
+    """Choose the entries worth tuning: one forward pass, no labels, no loss, no score matrix.
+
+    Chosen from: every weight that the forward pass multiplies with, except those trained whole. Trained whole: the
+    classifier head and every bias outside norm layers. Frozen: everything else.
+
+    Args:
+        model: any module whose parameters hold values. It is left as it was found.
+        data: calibration batches, as :func:`calibrate` takes them.
+        scorer: what makes an entry worth tuning; :class:`FPS` by default.
+        budget: how many entries; ``PerNeuron(1)`` by default.
+        stats: statistics of an earlier pass, instead of ``data``.
+        include: glob patterns of weights to choose from; all by default.
+        exclude: glob patterns of weights to leave frozen.
+        dense: glob patterns of parameters to train whole, instead of the default ones.
+        forward: ``forward(model, batch)`` runs a batch your way.
+        micro_batch: split every batch into pieces of this many samples, to bound memory.
+        progress: show a progress bar; ``None`` shows it on a terminal.
+
+    Returns:
+        :class:`Selection` with its indices on the devices of the weights. ``.skipped`` says of every other matrix
+        weight why it was not chosen from.
+
+    Raises:
+        ValueError: neither or both of ``data`` and ``stats``, statistics that do not fit the model or the scorer, a
+            pattern that matches nothing, no weight to choose from, a weight with NaN or Inf, a budget that does not fit.
+        TypeError: an ``include`` of integer or quantised weights, or patterns that are no strings.
+
+    Example:
+        >>> selection = fps.select(model, loader, scorer=fps.FPS(), budget=fps.PerNeuron(1))
+        >>> print(selection)
+    """
+    scorer = FPS() if scorer is None else scorer
+    budget = PerNeuron(1) if budget is None else budget
+    if not isinstance(scorer, ColumnScorer | Random):
+        raise TypeError(f"scorer must be a scorer such as fps.FPS(), got {scorer!r}")
+    if not isinstance(budget, Budget):
+        raise TypeError(f"budget must be PerNeuron, PerTensor or Global, got {budget!r}")
+    if (data is None) == (stats is None):
+        raise ValueError("give either data or stats" + (", not both" if data is not None else ""))
+    check_has_values(model)
+    # Patterns are checked before the pass, which may take long.
+    eligible, dense_names, skipped = eligible_weights(model, include, exclude, dense)
+    if stats is None:
+        assert data is not None
+        stats = calibrate(
+            model,
+            data,
+            ord=1 if scorer.ord is None else scorer.ord,
+            forward=forward,
+            micro_batch=micro_batch,
+            max_batches=1 if scorer.ord is None else None,  # only to see which weights are used
+            progress=progress,
+        )
+    elif scorer.ord is not None and stats.ord != scorer.ord:
+        raise ValueError(f"stats has ord={stats.ord}, but {scorer!r} needs ord={scorer.ord}")
+    layouts = usable_layouts(eligible, stats, skipped)
+    for name, layout in layouts.items():
+        budget.check(name, layout)
+    if isinstance(scorer, Random):
+        chosen = budget.draw(layouts, torch.Generator().manual_seed(scorer.seed))
+        chosen = {name: w.to(eligible[name].device) for name, w in chosen.items()}
+    else:
+        chosen = choose(eligible, layouts, budget, {name: scorer.factors(stats, name) for name in layouts})
+    description = {"scorer": repr(scorer), "budget": repr(budget)}
+    return Selection(chosen, dense_names, skipped, dict(stats.tied), description)
+
+
+def eligible_weights(
+    model: nn.Module, include: Patterns | None, exclude: Patterns | None, dense: Patterns | None
+) -> tuple[dict[str, nn.Parameter], tuple[str, ...], dict[str, str]]:
+    """Split a model's parameters: weights to choose from, names to train whole, and reasons for the rest.
+
+    Raises:
+        ValueError: a pattern that matches nothing.
+        TypeError: an ``include`` of weights that are not floating-point.
+    """
+    every = dict(model.named_parameters())
+    matrices = matrix_parameters(model)
+    wanted = as_patterns(include, "include")
+    included = set(matching(wanted, matrices, "include", "matrix weights")) if include is not None else set(matrices)
+    excluded = set(matching(as_patterns(exclude, "exclude"), every, "exclude", "parameters"))
+    if dense is None:
+        # A weight that include names in full is chosen from, even if the protocol would train it whole.
+        whole = tuple(n for n in default_dense(model) if n not in excluded and n not in wanted)
+    else:
+        whole = tuple(matching(as_patterns(dense, "dense"), every, "dense", "parameters"))
+        if clash := [n for n in whole if n in excluded]:
+            raise ValueError(f"{clash[0]} matches both dense and exclude")
+    if bad := [n for n in whole if every[n].dtype not in ops.FLOAT_DTYPES]:
+        raise TypeError(f"{bad[0]} cannot be trained whole: its dtype is {every[bad[0]].dtype}")
+    eligible, skipped = {}, {}
+    for name, p in matrices.items():
+        if name in whole:
+            skipped[name] = "trained whole"
+        elif name in excluded:
+            skipped[name] = "excluded"
+        elif name not in included:
+            skipped[name] = "not included"
+        elif p.dtype not in ops.FLOAT_DTYPES:
+            if include is not None:
+                raise TypeError(f"{name} cannot be tuned: its dtype is {p.dtype}, not float32, bfloat16 or float16")
+            skipped[name] = f"its dtype is {p.dtype}, not float32, bfloat16 or float16"
+        else:
+            eligible[name] = p
+    return eligible, whole, skipped
+
+
+def usable_layouts(
+    eligible: dict[str, nn.Parameter], stats: ActivationStats, skipped: dict[str, str]
+) -> dict[str, MatrixLayout]:
+    """Layouts of the eligible weights that have statistics; reasons for the others go to ``skipped``.
+
+    Raises:
+        ValueError: statistics of another model, or no weight left.
+    """
+    layouts = {}
+    for name, p in eligible.items():
+        if name in stats:
+            layout = stats[name].layout
+            if layout.parameter_shape != tuple(p.shape):
+                raise ValueError(
+                    f"stats are of another model: {name} has shape {list(p.shape)} here, "
+                    f"{list(layout.parameter_shape)} in the statistics"
+                )
+            layouts[name] = layout
+        elif name in stats.unused:
+            skipped[name] = stats.unused[name]
+        else:
+            raise ValueError(f"stats are of another model: they do not mention {name}")
+    if not layouts:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+        raise ValueError(f"no weight is left to choose from ({reasons or 'the model has no matrix weights'})")
+    return layouts
+
+
+def choose(
+    parameters: dict[str, nn.Parameter], layouts: dict[str, MatrixLayout], budget: Budget, factors: dict[str, Tensor]
+) -> dict[str, WeightSelection]:
+    """The best entries within the budget, by ``|w_ij| * c_j``.
+
+    Raises:
+        ValueError: a score that is NaN or infinite, with the name of its weight.
+    """
+    scored = [
+        ScoredWeight(
+            name,
+            layout,
+            layout.matrix(parameters[name]),
+            factors[name].to(device=parameters[name].device, dtype=torch.float32),
+        )
+        for name, layout in layouts.items()
+    ]
+    chosen = budget.choose(scored)
+    _check_finite(scored, chosen)
+    return chosen
+
+
+def _check_finite(scored: list[ScoredWeight], chosen: dict[str, WeightSelection]) -> None:
+    # NaN and infinity rank first, so that any in a weight that was chosen from is among the chosen.
+    checks = {}
+    for w in scored:
+        entries = chosen[w.name]
+        if entries.nnz and not is_simulated(w.matrix):
+            rows, columns = entries.rows(), entries.columns.long()
+            per_row = w.matrix.shape[0] // w.factors.shape[0]
+            score = w.matrix[rows, columns].float() * w.factors[rows // per_row, columns]
+            checks[w.name] = score.abs().amax()
+    if checks and not all(torch.stack([c.cpu() for c in checks.values()]).isfinite().tolist()):
+        name = next(name for name, c in checks.items() if not c.isfinite())
+        w = next(w for w in scored if w.name == name)
+        what = "its factors" if not w.factors.isfinite().all() else "the weight, or an overflow of |weight| * factor"
+        raise ValueError(f"the scores of {name} contain NaN or Inf: check {what}")

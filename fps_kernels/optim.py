@@ -1,0 +1,309 @@
+"""AdamW on the chosen entries only: compact state, one kernel call a step, every other entry keeps its bits."""
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fps_kernels import ops
+from fps_kernels.matrices import MatrixLayout
+from fps_kernels.selection import Selection, WeightSelection
+
+_STATE = ("step", "exp_avg", "exp_avg_sq", "master")
+
+
+def masked_parameters(
+    model: nn.Module,
+    selection: Selection | Mapping[str, Tensor],
+    *,
+    options: Callable[[str, nn.Parameter], Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Parameter groups for :class:`MaskedAdamW`: the chosen entries of the selected weights, and the dense parameters.
+
+    The model is not changed: gradients are the usual dense ones, and no hook is installed. To save the memory and time
+    of gradients that are not needed, freeze the other parameters yourself.
+
+    Args:
+        model: the model to tune.
+        selection: a :class:`Selection`, or boolean masks in the shapes of their parameters, by name.
+        options: ``options(name, parameter)`` gives the group options of a parameter, such as
+            ``{"lr": 1e-4, "weight_decay": 0.0}``; parameters with equal options share a group.
+
+    Returns:
+        Param groups with the keys ``params``, ``names``, ``selections`` (one :class:`WeightSelection` or ``None`` per
+        parameter) and the options.
+
+    Raises:
+        ValueError: names or shapes that are not the model's, or parameters that do not require gradients.
+        TypeError: masks that are not boolean.
+
+    Example:
+        >>> groups = fps.masked_parameters(model, selection)
+        >>> groups = fps.masked_parameters(model, {"fc.weight": model.fc.weight.abs() > 0.1})
+        >>> optimizer = fps.MaskedAdamW(groups, lr=1e-3)
+    """
+    if not isinstance(selection, Selection):
+        selection = Selection.from_masks(selection)
+    parameters = selection.check(model)
+    if not parameters:
+        raise ValueError("the selection is empty: it names no parameter")
+    groups: list[dict[str, Any]] = []
+    for name, p in parameters.items():
+        if not p.requires_grad:
+            raise ValueError(f"{name} is selected but does not require gradients: call .requires_grad_() on it")
+        chosen = dict(options(name, p)) if options is not None else {}
+        group = next((g for g in groups if g["options"] == chosen), None)
+        if group is None:
+            group = {"params": [], "names": [], "selections": [], "options": chosen}
+            groups.append(group)
+        group["params"].append(p)
+        group["names"].append(name)
+        group["selections"].append(selection.weights.get(name))
+    return [{**{k: v for k, v in g.items() if k != "options"}, **g["options"]} for g in groups]
+
+
+class MaskedAdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter, ICLR 2019, algorithm 2) on chosen entries; the others stay bit-identical.
+
+    State is compact: float32 moments, and float32 master values where the weight is bfloat16 or float16, of the chosen
+    entries only. On them it follows ``torch.optim.AdamW``. Parameters without a selection are tuned whole, by the same
+    kernel. A step is one kernel launch on a GPU, safe under CUDA graph capture with ``capturable=True``.
+
+    Args:
+        params: groups from :func:`masked_parameters`; plain parameters and groups without ``selections`` are tuned whole.
+        lr: learning rate; a tensor makes changes visible to a captured CUDA graph.
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay, of the chosen entries only.
+        maximize: ascend instead of descend.
+        capturable: the step may be captured in a CUDA graph: ``lr`` is then kept on the device.
+
+    Raises:
+        ValueError: a number out of range, or a selection that does not fit its parameter.
+        TypeError: parameters that are not float32, bfloat16 or float16.
+
+    Example:
+        >>> optimizer = fps.MaskedAdamW(fps.masked_parameters(model, selection), lr=1e-3)
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+    """
+
+    # torch.amp.GradScaler then hands over grad_scale and found_inf, which the kernel applies.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+    ) -> None:
+        self._selections: dict[Tensor, WeightSelection] = {}
+        self._views: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
+        self._learning_rates: dict[torch.device, tuple[tuple[Any, ...], Tensor]] = {}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as from :func:`masked_parameters`; see ``torch.optim.Optimizer.add_param_group``."""
+        group = dict(param_group)
+        names = group.pop("names", None)
+        selections = group.pop("selections", None)
+        _check_options({**self.defaults, **group})
+        params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        group["params"] = params
+        if selections is None:
+            selections = [None] * len(params)
+        if len(selections) != len(params):
+            raise ValueError(f"selections must have one item per parameter, got {len(selections)} for {len(params)}")
+        placed = {}
+        for i, (p, selection) in enumerate(zip(params, selections, strict=True)):
+            label = names[i] if names else f"params[{i}]"
+            if p.dtype not in ops.FLOAT_DTYPES:
+                raise TypeError(f"{label} must be float32, bfloat16 or float16, got {p.dtype}")
+            placed[p] = _full(p) if selection is None else selection.to(p.device)
+            if placed[p].layout.parameter_shape != tuple(p.shape):
+                expected = list(placed[p].layout.parameter_shape)
+                raise ValueError(f"{label} has shape {list(p.shape)}, its selection is for {expected}")
+        group["checksums"] = [_checksum(selection) for selection in placed.values()]
+        super().add_param_group(group)
+        self._selections.update(placed)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of the chosen entries of every parameter that has a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or ``None``.
+
+        Raises:
+            ValueError: a sparse gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        calls: dict[tuple[Any, ...], list[tuple[nn.Parameter, dict[str, Any]]]] = {}
+        for group in self.param_groups:
+            shared = (*group["betas"], group["eps"], group["maximize"])
+            for p in group["params"]:
+                if p.grad is not None:
+                    if p.grad.is_sparse:
+                        raise ValueError("MaskedAdamW takes dense gradients, found a sparse one")
+                    calls.setdefault((p.device, *shared), []).append((p, group))
+        for (device, beta1, beta2, eps, maximize), members in calls.items():
+            self._update(device, members, beta1, beta2, eps, maximize)
+        return loss
+
+    def _update(
+        self,
+        device: torch.device,
+        members: list[tuple[nn.Parameter, dict[str, Any]]],
+        beta1: float,
+        beta2: float,
+        eps: float,
+        maximize: bool,
+    ) -> None:
+        states = [self._state_of(p) for p, _ in members]
+        views = [self._view_of(p) for p, _ in members]
+        none = torch.empty(0, device=device)
+        grad_scale, found_inf = (
+            None if (value := getattr(self, name, None)) is None else value.to(device, torch.float32)
+            for name in ("grad_scale", "found_inf")
+        )
+        ops.masked_adamw_(
+            [view for view, _, _ in views],
+            [self._gradient_of(p) for p, _ in members],
+            [row_offsets for _, row_offsets, _ in views],
+            [columns for _, _, columns in views],
+            [state.get("master", none) for state in states],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
+            self._learning_rates_of(device, [group for _, group in members]),
+            [float(group["weight_decay"]) for _, group in members],
+            float(beta1),
+            float(beta2),
+            float(eps),
+            bool(maximize),
+            grad_scale,
+            found_inf,
+        )
+
+    def _state_of(self, p: nn.Parameter) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[p]
+        if not state:
+            selection = self._selections[p]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"] = torch.zeros(selection.nnz, dtype=torch.float32, device=p.device)
+            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+            if p.dtype != torch.float32:
+                view, _, columns = self._view_of(p)
+                state["master"] = view[selection.rows(), columns.long()].float()
+        return state
+
+    def _view_of(self, p: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
+        """The parameter's memory as a matrix, and the CSR of its chosen entries there."""
+        cached = self._views.get(p)
+        if cached is None or cached[0].data_ptr() != p.data_ptr() or cached[0].dtype != p.dtype:
+            selection = self._selections[p].to(p.device)
+            view, position = selection.layout.writable_matrix(p)
+            columns = selection.columns if position is None else position[selection.columns.long()]
+            cached = self._views[p] = (view, selection.row_offsets, columns)
+        return cached
+
+    def _gradient_of(self, p: nn.Parameter) -> Tensor:
+        """The gradient as a matrix whose columns are those of the parameter's view."""
+        grad = p.grad
+        assert grad is not None
+        if p.dim() > 2 and grad.stride() != p.stride():
+            grad = torch.empty_like(p, dtype=grad.dtype).copy_(grad)  # one of the two is channels-last
+        return self._selections[p].layout.writable_matrix(grad)[0]
+
+    def _learning_rates_of(self, device: torch.device, groups: list[dict[str, Any]]) -> Tensor:
+        if any(group["capturable"] or isinstance(group["lr"], Tensor) for group in groups):
+            rates = [torch.as_tensor(group["lr"], dtype=torch.float64, device=device).view(()) for group in groups]
+            return torch.stack(rates)
+        values = tuple(float(group["lr"]) for group in groups)
+        cached = self._learning_rates.get(device)
+        if cached is None or cached[0] != values:
+            cached = self._learning_rates[device] = (values, torch.tensor(values, dtype=torch.float64, device=device))
+        return cached[1]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state exactly; it must be of the same selection.
+
+        Raises:
+            ValueError: the state is of another selection or of other parameter groups.
+        """
+        current = [group["checksums"] for group in self.param_groups]
+        saved = [group.get("checksums") for group in state_dict["param_groups"]]
+        if len(current) == len(saved) and current != saved:
+            raise ValueError("the state is of another selection: its chosen entries are not those of this optimizer")
+        super().load_state_dict(state_dict)
+        # torch casts state to the dtype of the parameter; moments and masters of 16-bit weights are float32.
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if key in _STATE:
+                    self.state[p][key] = value.detach().to(p.device, torch.float32, copy=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_views", {})
+        self.__dict__.setdefault("_learning_rates", {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_selections": self._selections}
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    lr, betas = options["lr"], options["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must hold one number, got shape {list(lr.shape)}")
+    if not isinstance(lr, Tensor) and not lr >= 0:
+        raise ValueError(f"lr must not be negative, got {lr}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must lie in [0, 1), got {betas}")
+    for name in ("eps", "weight_decay"):
+        if not options[name] >= 0:
+            raise ValueError(f"{name} must not be negative, got {options[name]}")
+
+
+def _full(p: Tensor) -> WeightSelection:
+    """Every entry of a parameter that is tuned whole."""
+    layout = MatrixLayout(tuple(p.shape))
+    rows, columns = layout.shape
+    row_offsets = torch.arange(rows + 1, dtype=torch.int32, device=p.device) * columns
+    every = torch.arange(columns, dtype=torch.int32, device=p.device).repeat(rows)
+    return WeightSelection(layout, row_offsets, every)
+
+
+def _checksum(selection: WeightSelection) -> int:
+    first = zlib.crc32(selection.row_offsets.cpu().numpy().tobytes())
+    return zlib.crc32(selection.columns.cpu().numpy().tobytes(), first)
