@@ -1,0 +1,88 @@
+// The C ABI of the library, and the choice of the instruction set behind it.
+//
+// Compiled for the base instruction set only. Arguments arrive validated (fps_kernels/ops/__init__.py); what can still go
+// wrong comes back as a `Status`.
+#include "kernels.h"
+
+#define FPS_API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace fps;
+
+constexpr int ABI = 1; // native.py refuses a library left over from another version
+
+#define FPS_TABLE(isa)                                                                                                      \
+    {                                                                                                                       \
+        isa::column_norm, isa::column_norm_conv2d, isa::score_topk, isa::score_kth, isa::score_select, isa::scatter_values, \
+            isa::masked_adamw                                                                                               \
+    }
+
+#ifdef FPS_X86
+const Kernels TABLES[] = {FPS_TABLE(base), FPS_TABLE(avx2), FPS_TABLE(avx512)};
+#else
+const Kernels TABLES[] = {FPS_TABLE(base)};
+#endif
+
+int best_isa() {
+#ifdef FPS_X86
+    __builtin_cpu_init(); // also asks, through xgetbv, whether the operating system saves the wide registers
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                      __builtin_cpu_supports("fma"); // every processor with AVX2 and FMA has F16C, LZCNT and POPCNT
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx2 ? (avx512 ? 2 : 1) : 0;
+#else
+    return 0;
+#endif
+}
+
+int isa_limit = best_isa();
+int isa_now = isa_limit;
+
+const Kernels& kernels() { return TABLES[__atomic_load_n(&isa_now, __ATOMIC_RELAXED)]; }
+
+} // namespace
+
+FPS_API int fps_abi() { return ABI; }
+
+// 0 base, 1 avx2, 2 avx512.
+FPS_API int fps_best_isa() { return isa_limit; }
+FPS_API int fps_isa() { return __atomic_load_n(&isa_now, __ATOMIC_RELAXED); }
+FPS_API int fps_set_isa(int isa) {
+    if (isa < 0 || isa > isa_limit) return -1;
+    return __atomic_exchange_n(&isa_now, isa, __ATOMIC_RELAXED);
+}
+
+FPS_API int fps_column_norm(const void* x, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int64_t dtype,
+                            double* acc, int64_t order, int threads) {
+    return kernels().column_norm({x, rows, cols, row_stride, col_stride, dtype, nullptr, 1}, acc, order, threads);
+}
+
+FPS_API int fps_column_norm_conv2d(const Images* x, const Convolution* conv, double* acc, int64_t order, int threads) {
+    return kernels().column_norm_conv2d(*x, *conv, acc, order, threads);
+}
+
+FPS_API int fps_score_topk(const Matrix* w, int64_t k, int32_t* columns, int threads) {
+    return kernels().score_topk(*w, k, columns, threads);
+}
+
+FPS_API int fps_score_kth(const Matrix* w, int64_t n, int64_t k, float* threshold, int64_t* greater, int64_t* equal,
+                          int threads) {
+    return kernels().score_kth(w, n, k, threshold, greater, equal, threads);
+}
+
+FPS_API int fps_score_select(const Matrix* w, const float* threshold, int64_t ties, int64_t nnz, int32_t* row_offsets,
+                             int32_t* columns, int threads) {
+    return kernels().score_select(*w, *threshold, ties, nnz, row_offsets, columns, threads);
+}
+
+FPS_API int fps_scatter_values(const Update* w, const void* values, int64_t values_dtype, int threads) {
+    return kernels().scatter_values(*w, values, values_dtype, threads);
+}
+
+FPS_API int fps_masked_adamw(const Update* updates, int64_t n, const double* lrs, const double* weight_decays, double beta1,
+                             double beta2, double eps, int64_t maximize, const float* grad_scale, const float* found_inf,
+                             int threads) {
+    return kernels().masked_adamw(updates, n, {lrs, weight_decays, beta1, beta2, eps, maximize, grad_scale, found_inf}, threads);
+}

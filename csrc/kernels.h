@@ -1,0 +1,89 @@
+// What the instruction-set variants of the kernels have in common: argument types and one function table per variant.
+//
+// Plain data only: this header is included by code compiled for different instruction sets, so that an inline function
+// with external linkage here could be merged by the linker into the wrong one. No kernel file may use templates or
+// inline functions of the standard library for the same reason.
+#pragma once
+
+#include <stdint.h>
+
+namespace fps {
+
+enum Status : int { OK = 0, OUT_OF_MEMORY = 1, WRONG_COUNT = 2, WRONG_DTYPE = 3 };
+enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum Order : int64_t { ORD_1 = 1, ORD_2 = 2, ORD_INF = 3 };
+
+// Every field of the structures below is 8 bytes wide: Python fills them as rows of an int64 table.
+
+struct Matrix { // [rows, cols]; strides count elements and may be anything, 0 included
+    const void* data;
+    int64_t rows, cols, row_stride, col_stride;
+    int64_t dtype;
+    const float* factors; // [groups, cols] contiguous, one row of it per rows / groups rows of the matrix
+    int64_t groups;
+};
+
+struct Images { // [batch, channels, height, width]
+    const void* data;
+    int64_t batch, channels, height, width;
+    int64_t batch_stride, channel_stride, row_stride, col_stride;
+    int64_t dtype;
+};
+
+struct Convolution { // index 0 is vertical, 1 horizontal
+    int64_t kernel[2], stride[2], dilation[2];
+    int64_t top, left;  // rows and columns of zeros before the image
+    int64_t outputs[2]; // output positions
+};
+
+struct Update { // one tensor of masked_adamw
+    void* weight;
+    int64_t weight_row_stride, weight_col_stride, weight_dtype;
+    const void* grad; // [rows, cols] with these strides, or [nnz] contiguous where `grad_compact` is set
+    int64_t grad_row_stride, grad_col_stride, grad_dtype, grad_compact;
+    const int32_t* row_offsets; // [rows + 1]
+    const int32_t* columns;     // [nnz]
+    int64_t rows, nnz;
+    float* master; // [nnz], or null where the weight itself holds the value
+    float* exp_avg;
+    float* exp_avg_sq;
+    float* step;
+};
+
+struct AdamW {
+    const double* lrs;
+    const double* weight_decays;
+    double beta1, beta2, eps;
+    int64_t maximize;
+    const float* grad_scale; // or null
+    const float* found_inf;  // or null
+};
+
+// `threads` is torch's number of threads: it only decides whether to open a parallel region at all.
+struct Kernels {
+    int (*column_norm)(const Matrix& x, double* acc, int64_t order, int threads);
+    int (*column_norm_conv2d)(const Images& x, const Convolution& conv, double* acc, int64_t order, int threads);
+    int (*score_topk)(const Matrix& w, int64_t k, int32_t* columns, int threads);
+    int (*score_kth)(const Matrix* w, int64_t n, int64_t k, float* threshold, int64_t* greater, int64_t* equal, int threads);
+    int (*score_select)(const Matrix& w, float threshold, int64_t ties, int64_t nnz, int32_t* row_offsets, int32_t* columns,
+                        int threads);
+    int (*scatter_values)(const Update& w, const void* values, int64_t values_dtype, int threads);
+    int (*masked_adamw)(const Update* updates, int64_t n, const AdamW& how, int threads);
+};
+
+#define FPS_DECLARE_KERNELS(isa)                                                                                            \
+    namespace isa {                                                                                                         \
+    int column_norm(const Matrix&, double*, int64_t, int);                                                                  \
+    int column_norm_conv2d(const Images&, const Convolution&, double*, int64_t, int);                                       \
+    int score_topk(const Matrix&, int64_t, int32_t*, int);                                                                  \
+    int score_kth(const Matrix*, int64_t, int64_t, float*, int64_t*, int64_t*, int);                                        \
+    int score_select(const Matrix&, float, int64_t, int64_t, int32_t*, int32_t*, int);                                      \
+    int scatter_values(const Update&, const void*, int64_t, int);                                                           \
+    int masked_adamw(const Update*, int64_t, const AdamW&, int);                                                            \
+    }
+
+FPS_DECLARE_KERNELS(base)
+FPS_DECLARE_KERNELS(avx2)
+FPS_DECLARE_KERNELS(avx512)
+
+} // namespace fps

@@ -1,0 +1,311 @@
+"""The native CPU backend: calls the C++ library of ``csrc/`` through ctypes. Definitions: :mod:`.reference`.
+
+ctypes releases the GIL during a call. The library is torch-free; it is loaded after torch, so that both share the one
+OpenMP runtime that torch brings along, and ``torch.set_num_threads`` holds for both. ``FPS_CPU_ISA`` (``base``, ``avx2``
+or ``avx512``) caps the instruction set, which otherwise is the best that the processor has.
+"""
+
+import ctypes
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fps_kernels
+
+ABI = 1
+ISAS = ("base", "avx2", "avx512")
+LIBRARY = "libfps_kernels.so"
+
+_OUT_OF_MEMORY, _WRONG_COUNT = 1, 2
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ORDS = {1.0: 1, 2.0: 2, float("inf"): 3}
+
+_P, _N, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+_SIGNATURES: dict[str, list[Any]] = {
+    "fps_abi": [],
+    "fps_best_isa": [],
+    "fps_isa": [],
+    "fps_set_isa": [_INT],
+    "fps_column_norm": [_P, _N, _N, _N, _N, _N, _P, _N, _INT],
+    "fps_column_norm_conv2d": [_P, _P, _P, _N, _INT],
+    "fps_score_topk": [_P, _N, _P, _INT],
+    "fps_score_kth": [_P, _N, _N, _P, _P, _P, _INT],
+    "fps_score_select": [_P, _P, _N, _N, _P, _P, _INT],
+    "fps_scatter_values": [_P, _P, _N, _INT],
+    "fps_masked_adamw": [_P, _N, _P, _P, _DOUBLE, _DOUBLE, _DOUBLE, _N, _P, _P, _INT],
+}
+
+
+# ------------------------------------------------------------------------------------------------ the library
+
+
+def _find() -> Path | None:
+    # An editable install keeps the library in site-packages and the sources elsewhere: the package's path has both.
+    for folder in fps_kernels.__path__:
+        path = Path(folder) / LIBRARY
+        if path.is_file():
+            return path
+    return None
+
+
+def _isa_cap() -> int:
+    name = os.environ.get("FPS_CPU_ISA") or ISAS[-1]
+    if name not in ISAS:
+        raise ValueError(f"the environment variable FPS_CPU_ISA must be one of {', '.join(ISAS)}, got {name!r}")
+    return ISAS.index(name)
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or ``None`` and the reason why there is none."""
+    cap = _isa_cap()
+    path = _find()
+    if path is None:
+        return None, f"{LIBRARY} was not built when fps_kernels was installed"
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, argtypes in _SIGNATURES.items():
+            getattr(library, name).argtypes = argtypes
+    except (OSError, AttributeError) as error:
+        return None, f"{path} cannot be loaded: {error}"
+    if library.fps_abi() != ABI:
+        return None, f"{path} belongs to another version of fps_kernels (ABI {library.fps_abi()}, needed {ABI})"
+    library.fps_set_isa(min(cap, library.fps_best_isa()))
+    return library, ""
+
+
+def unavailable_reason() -> str | None:
+    """``None`` where the library is loaded, otherwise why it is not.
+
+    Raises:
+        RuntimeError: there is no library although ``FPS_REQUIRE_NATIVE=1``.
+        ValueError: ``FPS_CPU_ISA`` is no instruction set.
+    """
+    library, reason = _load()
+    if library is not None:
+        return None
+    if os.environ.get("FPS_REQUIRE_NATIVE") == "1":
+        raise RuntimeError(f"FPS_REQUIRE_NATIVE=1, but {reason}")
+    return reason
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(f"the native backend is not available: {reason}")
+    return library
+
+
+def isa() -> str:
+    """The instruction set that the kernels run on now."""
+    return ISAS[_library().fps_isa()]
+
+
+def supported_isas() -> tuple[str, ...]:
+    """The instruction sets that this processor has and the library was built for, from the least to the best."""
+    return ISAS[: _library().fps_best_isa() + 1]
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run the kernels inside the ``with`` block on one instruction set, in all threads. ``FPS_CPU_ISA`` does not cap it.
+
+    Raises:
+        ValueError: the processor does not have it.
+    """
+    if name not in supported_isas():
+        raise ValueError(f"use_isa(name) must be one of {', '.join(supported_isas())} on this processor, got {name!r}")
+    previous = _library().fps_set_isa(ISAS.index(name))
+    try:
+        yield
+    finally:
+        _library().fps_set_isa(previous)
+
+
+def _check(status: int, message: str = "") -> None:
+    if status == _OUT_OF_MEMORY:
+        raise MemoryError("fps_kernels: no memory for the scratch of a native kernel")
+    if status == _WRONG_COUNT:
+        raise ValueError(message)
+    if status:
+        raise RuntimeError(f"fps_kernels: native kernel failed with status {status}")
+
+
+def _table(values: Iterable[int]) -> ctypes.Array[ctypes.c_int64]:
+    values = tuple(values)
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+# ------------------------------------------------------------------------------------------------ norms
+
+
+def column_norm_(x: Tensor, acc: Tensor, ord: float) -> None:
+    """:func:`.reference.column_norm_` in one read of ``x`` ``[M, C]``, any strides."""
+    rows, cols = x.shape
+    status = _library().fps_column_norm(
+        x.data_ptr(), rows, cols, *x.stride(), _DTYPES[x.dtype], acc.data_ptr(), _ORDS[ord], torch.get_num_threads()
+    )
+    _check(status)
+
+
+def column_norm_conv2d_(
+    x: Tensor,
+    acc: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    ord: float,
+) -> None:
+    """:func:`.reference.column_norm_conv2d_` in one read of ``x`` ``[B, C_in, H, W]``.
+
+    A column belongs to one channel whatever its group, and ``acc`` ``[groups, C_in/groups * kh * kw]`` lists the channels in
+    order: the groups need no treatment of their own.
+    """
+    top, bottom, left, right = padding
+    outputs = [
+        (size + before + after - spread * (kernel - 1) - 1) // step + 1
+        for size, before, after, kernel, step, spread in (
+            (x.shape[2], top, bottom, kernel_size[0], stride[0], dilation[0]),
+            (x.shape[3], left, right, kernel_size[1], stride[1], dilation[1]),
+        )
+    ]
+    images = _table((x.data_ptr(), *x.shape, *x.stride(), _DTYPES[x.dtype]))
+    convolution = _table((*kernel_size, *stride, *dilation, top, left, *outputs))
+    _check(
+        _library().fps_column_norm_conv2d(images, convolution, acc.data_ptr(), _ORDS[ord], torch.get_num_threads()),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+def _matrix(W: Tensor, a: Tensor) -> tuple[int, ...]:
+    """The fields of ``Matrix`` in ``csrc/kernels.h``."""
+    return (W.data_ptr(), *W.shape, *W.stride(), _DTYPES[W.dtype], a.data_ptr(), a.shape[0])
+
+
+def score_topk(W: Tensor, a: Tensor, k: int) -> Tensor:
+    """:func:`.reference.score_topk` in one read of ``W`` ``[O, C]``."""
+    columns = torch.empty(W.shape[0], k, dtype=torch.int32)
+    _check(_library().fps_score_topk(_table(_matrix(W, a)), k, columns.data_ptr(), torch.get_num_threads()))
+    return columns
+
+
+def score_kth(weights: list[Tensor], factors: list[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`.reference.score_kth`, exact, usually in one read of the weights."""
+    n = len(weights)
+    table = _table(field for W, a in zip(weights, factors, strict=True) for field in _matrix(W, a))
+    threshold = torch.empty((), dtype=torch.float32)
+    counts = torch.empty(2, n, dtype=torch.int64)
+    greater, equal = counts[0], counts[1].clone()
+    status = _library().fps_score_kth(
+        table, n, k, threshold.data_ptr(), greater.data_ptr(), equal.data_ptr(), torch.get_num_threads()
+    )
+    _check(status)
+    return threshold, greater, equal
+
+
+def score_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) -> tuple[Tensor, Tensor]:
+    """:func:`.reference.score_select` in two reads of ``W`` ``[O, C]``."""
+    row_offsets = torch.empty(W.shape[0] + 1, dtype=torch.int32)
+    columns = torch.empty(nnz, dtype=torch.int32)
+    status = _library().fps_score_select(
+        _table(_matrix(W, a)),
+        threshold.data_ptr(),
+        ties,
+        nnz,
+        row_offsets.data_ptr(),
+        columns.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status, f"nnz must be the number of entries chosen, got {nnz}")
+    return row_offsets, columns
+
+
+# ------------------------------------------------------------------------------------------------ updates
+
+
+def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor) -> None:
+    """:func:`.reference.scatter_values_`, touching only the cache lines of ``W`` that hold selected entries."""
+    update = _update(W, values, row_offsets, columns, (0, 0, 0, 0))
+    status = _library().fps_scatter_values(update, values.data_ptr(), _DTYPES[values.dtype], torch.get_num_threads())
+    _check(status)
+
+
+def _update_fields(
+    W: Tensor, grad: Tensor, row_offsets: Tensor, columns: Tensor, state: tuple[int, int, int, int]
+) -> tuple[int, ...]:
+    """The fields of ``Update`` in ``csrc/kernels.h``."""
+    compact = grad.dim() == 1
+    grad_strides = (0, 0) if compact else grad.stride()
+    return (
+        W.data_ptr(),
+        *W.stride(),
+        _DTYPES[W.dtype],
+        grad.data_ptr(),
+        *grad_strides,
+        _DTYPES[grad.dtype],
+        compact,
+        row_offsets.data_ptr(),
+        columns.data_ptr(),
+        W.shape[0],
+        columns.shape[0],
+        *state,
+    )
+
+
+def _update(
+    W: Tensor, grad: Tensor, row_offsets: Tensor, columns: Tensor, state: tuple[int, int, int, int]
+) -> ctypes.Array[ctypes.c_int64]:
+    return _table(_update_fields(W, grad, row_offsets, columns, state))
+
+
+def masked_adamw_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    row_offsets: list[Tensor],
+    columns: list[Tensor],
+    masters: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    lrs: Tensor,
+    weight_decays: Sequence[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """:func:`.reference.masked_adamw_` for all tensors in one call."""
+    fields: list[int] = []
+    for W, grad, offsets, cols, master, exp_avg, exp_avg_sq, step in zip(
+        weights, grads, row_offsets, columns, masters, exp_avgs, exp_avg_sqs, steps, strict=True
+    ):
+        held = master.data_ptr() if master.numel() else 0
+        state = (held, exp_avg.data_ptr(), exp_avg_sq.data_ptr(), step.data_ptr())
+        fields.extend(_update_fields(W, grad, offsets, cols, state))
+    n = len(weights)
+    status = _library().fps_masked_adamw(
+        (ctypes.c_int64 * len(fields))(*fields),
+        n,
+        lrs.data_ptr(),
+        (ctypes.c_double * n)(*weight_decays),
+        beta1,
+        beta2,
+        eps,
+        maximize,
+        None if grad_scale is None else grad_scale.data_ptr(),
+        None if found_inf is None else found_inf.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status)
