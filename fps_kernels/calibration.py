@@ -29,18 +29,18 @@ class WeightStats:
         layout: how the parameter is read as a matrix ``[O, C]``.
         norm: float64 ``[G, C]``: per column the sum of ``|x|`` (``ord=1``), of ``x**2`` (2) or the largest ``|x|`` (inf),
             for each of ``G`` equal blocks of output rows.
-        rows: activation rows summed, per block ``[G]`` int64 on the CPU.
+        rows: activation rows summed, for each of the ``G`` blocks.
         calls: multiplications by this weight that were seen.
     """
 
     layout: MatrixLayout
     norm: Tensor
-    rows: Tensor
+    rows: tuple[int, ...]
     calls: int
 
     def mean(self) -> Tensor:
         """``norm / rows`` ``[G, C]`` float64: the mean magnitude for ``ord=1``."""
-        return self.norm / self.rows.to(self.norm.device).unsqueeze(1)
+        return self.norm / torch.tensor(self.rows, dtype=torch.float64, device=self.norm.device).unsqueeze(1)
 
 
 @dataclass
@@ -98,7 +98,8 @@ class ActivationStats(Mapping[str, WeightStats]):
             blocks = math.lcm(len(mine.norm), len(theirs.norm))
             a, b = _with_blocks(mine, blocks), _with_blocks(theirs, blocks)
             norm = _combine(a.norm, b.norm.to(a.norm.device), self.ord)
-            merged[name] = WeightStats(mine.layout, norm, a.rows + b.rows, mine.calls + theirs.calls)
+            rows = tuple(m + t for m, t in zip(a.rows, b.rows, strict=True))
+            merged[name] = WeightStats(mine.layout, norm, rows, mine.calls + theirs.calls)
         return type(self)(self.ord, merged, dict(self.unused), dict(self.tied))
 
     def all_reduce(self, group: Any = None) -> None:
@@ -110,16 +111,18 @@ class ActivationStats(Mapping[str, WeightStats]):
         operation = torch.distributed.ReduceOp.MAX if self.ord == math.inf else torch.distributed.ReduceOp.SUM
         for stats in self.weights.values():
             torch.distributed.all_reduce(stats.norm, operation, group=group)
-            rows = stats.rows.to(stats.norm.device)
-            torch.distributed.all_reduce(rows, group=group)
-            stats.rows = rows.cpu()
+            counts = torch.tensor([*stats.rows, stats.calls], device=stats.norm.device)
+            torch.distributed.all_reduce(counts, group=group)
+            *rows, stats.calls = counts.tolist()
+            stats.rows = tuple(rows)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write to a safetensors file."""
-        tensors, described = {}, {}
-        for name, stats in self.weights.items():
-            tensors[f"{name}:norm"], tensors[f"{name}:rows"] = stats.norm.cpu().contiguous(), stats.rows
-            described[name] = [list(stats.layout.parameter_shape), stats.layout.transposed, stats.calls]
+        tensors = {name: stats.norm.cpu().contiguous() for name, stats in self.weights.items()}
+        described = {
+            name: [list(stats.layout.parameter_shape), stats.layout.transposed, list(stats.rows), stats.calls]
+            for name, stats in self.weights.items()
+        }
         content = {"ord": str(self.ord), "weights": described, "unused": self.unused, "tied": self.tied}
         save_file(tensors, path, {"format": _FORMAT, "content": json.dumps(content)})
 
@@ -135,15 +138,12 @@ class ActivationStats(Mapping[str, WeightStats]):
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"{path} holds no activation statistics: its format is {metadata.get('format')!r}")
             content = json.loads(metadata["content"])
-            weights = {
-                name: WeightStats(
-                    MatrixLayout(tuple(shape), transposed),
-                    file.get_tensor(f"{name}:norm"),
-                    file.get_tensor(f"{name}:rows").cpu(),
-                    calls,
-                )
-                for name, (shape, transposed, calls) in content["weights"].items()
-            }
+            weights = {}
+            for name, (shape, transposed, rows, calls) in content["weights"].items():
+                layout, norm = MatrixLayout(tuple(shape), transposed), file.get_tensor(name)
+                if norm.shape != (len(rows), layout.shape[1]):
+                    raise ValueError(f"{path}: {name} has norms of shape {list(norm.shape)} for {layout.shape[1]} columns")
+                weights[name] = WeightStats(layout, norm, tuple(rows), calls)
         return cls(float(content["ord"]), weights, content["unused"], content["tied"])
 
 
@@ -153,9 +153,8 @@ def _combine(a: Tensor, b: Tensor, ord: float) -> Tensor:
 
 def _with_blocks(stats: WeightStats, blocks: int) -> WeightStats:
     repeat = blocks // len(stats.norm)
-    return WeightStats(
-        stats.layout, stats.norm.repeat_interleave(repeat, 0), stats.rows.repeat_interleave(repeat), stats.calls
-    )
+    rows = tuple(count for count in stats.rows for _ in range(repeat))
+    return WeightStats(stats.layout, stats.norm.repeat_interleave(repeat, 0), rows, stats.calls)
 
 
 class _Accumulator:
@@ -186,26 +185,25 @@ class _Accumulator:
     def finish(self, ord: float) -> WeightStats | str:
         """The statistics, or why this weight has none."""
         O, C = self.layout.shape
-        edges = {edge for start, stop in self.ranges for edge in (start, stop)} | {O}
-        block = math.gcd(*edges)
-        parts = {len(norm) for norm, _ in self.ranges.values()}
-        if parts != {1}:  # a grouped convolution
-            if set(self.ranges) != {(0, O)}:
-                return "only some groups of its convolution were used"
-            ((norm, rows),) = self.ranges.values()
-            return WeightStats(self.layout, norm, torch.full((len(norm),), rows), self.calls)
-        if O // block > MAX_ROW_BLOCKS:
+        if set(self.ranges) == {(0, O)}:
+            norm, rows = self.ranges[0, O]
+            return WeightStats(self.layout, norm, (rows,) * len(norm), self.calls)
+        if any(len(norm) > 1 for norm, _ in self.ranges.values()):
+            return "only some groups of its convolution were used"
+        block = math.gcd(O, *(edge for edges in self.ranges for edge in edges))
+        blocks = O // block
+        if blocks > MAX_ROW_BLOCKS:
             return f"it is used through {len(self.ranges)} slices of unequal sizes"
         first = next(iter(self.ranges.values()))[0]
-        norms = torch.zeros(O // block, C, dtype=torch.float64, device=first.device)
-        counts = torch.zeros(O // block, dtype=torch.int64)
+        norms = torch.zeros(blocks, C, dtype=torch.float64, device=first.device)
+        counts = [0] * blocks
         for (start, stop), (norm, rows) in self.ranges.items():
-            covered = slice(start // block, stop // block)
-            norms[covered] = _combine(norms[covered], norm, ord)
-            counts[covered] += rows
-        if not bool(counts.min()):
+            for i in range(start // block, stop // block):
+                norms[i] = _combine(norms[i], norm[0], ord)
+                counts[i] += rows
+        if not all(counts):
             return "some of its rows multiplied nothing"
-        return WeightStats(self.layout, norms, counts, self.calls)
+        return WeightStats(self.layout, norms, tuple(counts), self.calls)
 
 
 def _output_positions(x: Tensor, c: Convolution) -> int:
@@ -287,12 +285,13 @@ def calibrate(
             unused[name] = stats
         else:
             weights[name] = stats
-    result = ActivationStats(float(ord), weights, unused, _tied(model))
+    result = ActivationStats(float(ord), weights, unused, tied_names(model))
     _check_finite(result)
     return result
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """The first name of every shared parameter, by its other names."""
     first = {id(p): name for name, p in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     return {name: first[id(p)] for name, p in every if first[id(p)] != name}

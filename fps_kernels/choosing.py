@@ -182,6 +182,15 @@ def choose(
         )
         for name, layout in layouts.items()
     ]
+    return best_entries(scored, budget)
+
+
+def best_entries(scored: list[ScoredWeight], budget: Budget) -> dict[str, WeightSelection]:
+    """The best entries within the budget, by ``|matrix| * factors``.
+
+    Raises:
+        ValueError: a score that is NaN or infinite, with the name of its weight.
+    """
     chosen = budget.choose(scored)
     _check_finite(scored, chosen)
     return chosen

@@ -1,0 +1,150 @@
+"""Peak memory of live tensors: exact, on the CPU, on a GPU, or simulated for a model that fits nowhere here."""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MemoryReport(Generic[T]):
+    """What :func:`measure` found, in bytes.
+
+    Attributes:
+        peak: most bytes of live tensors at any time, with everything that lived before.
+        before: bytes that lived before: the tensors handed over as ``existing``, and those that the function used
+            without creating them.
+        result: what the function returned.
+    """
+
+    peak: int
+    before: int
+    result: T
+
+    @property
+    def added(self) -> int:
+        """``peak - before``: most bytes that the function itself held."""
+        return self.peak - self.before
+
+    def __str__(self) -> str:
+        return f"peak {format_bytes(self.peak)} ({format_bytes(self.before)} before, {format_bytes(self.added)} added)"
+
+
+def format_bytes(count: float) -> str:
+    """``count`` in GiB, MiB or KiB."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= size:
+            return f"{count / size:.3f} {unit}" if unit == "GiB" else f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Adds up the storages that operations create, until each is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.before = self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in pytree.tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self.existing(tensor)
+        result = func(*args, **kwargs)
+        for tensor in pytree.tree_leaves((result, args)):  # args: an operation may grow an argument in place
+            if isinstance(tensor, Tensor):
+                self._track(tensor)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def existing(self, tensor: Tensor) -> None:
+        """Count a tensor that this mode did not see being made: it has been there all along."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._sizes:
+            self._track(tensor)
+            self.before += storage.nbytes()
+            self.peak += storage.nbytes()
+
+    def _track(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        known = self._sizes.get(key)
+        if known is None:
+            weakref.finalize(storage, self._freed, key).atexit = False
+        self.live += size - (known or 0)
+        self._sizes[key] = size
+
+    def _freed(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+def _tensors(existing: Iterable[nn.Module | Tensor]) -> Iterator[Tensor]:
+    for item in existing:
+        if isinstance(item, nn.Module):
+            yield from item.parameters()
+            yield from item.buffers()
+            yield from (p.grad for p in item.parameters() if p.grad is not None)
+        else:
+            yield item
+
+
+def measure(function: Callable[[], T], existing: Iterable[nn.Module | Tensor] = ()) -> MemoryReport[T]:
+    """Run a function and find the peak bytes of live tensors.
+
+    Counts the memory that tensors own, whoever made them: parameters, activations, gradients, what autograd keeps. It
+    does not count what an allocator holds in reserve, nor scratch inside one operation. Exact and repeatable, on any
+    device, and under :func:`simulated` without allocating anything.
+
+    Args:
+        function: what to run.
+        existing: modules and tensors that live throughout, used or not.
+
+    Returns:
+        :class:`MemoryReport`.
+
+    Example:
+        >>> report = fps.memory.measure(lambda: fps.select(model, loader, micro_batch=2), existing=[model])
+        >>> print(report)
+        peak 378.2 MiB (366.7 MiB before, 11.5 MiB added)
+    """
+    live = _LiveTensors()
+    for tensor in _tensors(existing):
+        live.existing(tensor)
+    with live:
+        result = function()
+    return MemoryReport(live.peak, live.before, result)
+
+
+@contextmanager
+def simulated() -> Iterator[Callable[[Callable[[], nn.Module]], nn.Module]]:
+    """Inside, tensors have shapes but no memory, so that :func:`measure` tells what a model would need.
+
+    Yields:
+        A function that builds a model without memory: it takes what would build the real one.
+
+    Example:
+        >>> with fps.memory.simulated() as build:
+        ...     model = build(lambda: timm.create_model("vit_huge_patch14_224"))
+        ...     batch = torch.empty(64, 3, 224, 224)
+        ...     report = fps.memory.measure(lambda: fps.select(model, [batch], micro_batch=2), existing=[model, batch])
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def build(create: Callable[[], nn.Module]) -> nn.Module:
+        # Constructors compute with real numbers (drop-path rates, ...), so only parameters are left out at first.
+        with unset_fake_temporarily(), torch.device("meta"):
+            model = create()
+        return model.to_empty(device="cpu")
+
+    with mode:
+        yield build
