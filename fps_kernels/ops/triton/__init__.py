@@ -6,7 +6,16 @@ below it, the jit kernels at the bottom. What an op means is in :mod:`fps_kernel
 
 from fps_kernels.ops.triton.column_norm import column_norm_
 from fps_kernels.ops.triton.column_norm_conv2d import column_norm_conv2d_
-from fps_kernels.ops.triton.score_threshold import score_kth, score_select
-from fps_kernels.ops.triton.score_topk import score_topk
+from fps_kernels.ops.triton.threshold import score_kth, score_select
+from fps_kernels.ops.triton.topk import score_topk
+from fps_kernels.ops.triton.updates import masked_adamw_, scatter_values_
 
-__all__ = ["column_norm_", "column_norm_conv2d_", "score_kth", "score_select", "score_topk"]
+__all__ = [
+    "column_norm_",
+    "column_norm_conv2d_",
+    "masked_adamw_",
+    "scatter_values_",
+    "score_kth",
+    "score_select",
+    "score_topk",
+]

@@ -51,7 +51,7 @@ class Resources:
     Attributes:
         registers: per thread.
         stack: bytes of stack (private segment) per thread.
-        spilled: bytes of local memory per thread, or on AMD the number of spilled registers.
+        spilled: bytes of local memory per thread, or on AMD the number of spilled vector registers.
         shared: bytes of shared memory.
         threads: threads per program.
         wide_loads: number of 16-byte loads from global memory in its code.
@@ -110,7 +110,7 @@ def _read(compiled: Any, target: str) -> Resources:
         return Resources(
             registers=field("vgpr_count"),
             stack=field("private_segment_fixed_size"),
-            spilled=field("vgpr_spill_count") + field("sgpr_spill_count"),
+            spilled=field("vgpr_spill_count"),  # scalar registers spill into lanes of vector registers, not to memory
             shared=shared,
             threads=threads,
             wide_loads=len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),

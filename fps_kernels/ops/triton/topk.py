@@ -11,9 +11,9 @@ from fps_kernels.ops.triton.floats import score_key
 # bisection costs two instructions and one reduction, and the bisection ends after 15 to 31 steps, whatever k is. The two
 # meet near k = 8.
 MOST_ROUNDS = 8
-# Up to here a row's keys stay in registers (32 per thread at the widest); beyond it the bisection computes them again,
-# from the L1 and L2 caches.
-MOST_REGISTER_COLUMNS = 16384
+# Up to here a row's keys stay in registers, 32 per thread; beyond it, where they would spill, the bisection computes them
+# again, from the L1 and L2 caches.
+MOST_REGISTER_COLUMNS = 8192
 
 
 def score_topk(W: Tensor, a: Tensor, k: int) -> Tensor:
@@ -34,7 +34,7 @@ def launch_argmax(W: Tensor, a: Tensor, columns: Tensor) -> None:
     if W.stride(1) != 1 and W.stride(0) == 1:  # transposed: neighbours in memory are neighbouring rows
         block_r, block_c = 32, 64
     else:
-        block_r, block_c = 4, min(1024, max(32, triton.next_power_of_2(C)))
+        block_r, block_c = 4, min(512, max(32, triton.next_power_of_2(C)))
     _argmax[(triton.cdiv(O, block_r),)](
         W,
         a,
@@ -56,7 +56,7 @@ def launch_select_in_registers(W: Tensor, a: Tensor, columns: Tensor) -> None:
     block_c = triton.next_power_of_2(C)
     # Short rows: one warp each, so that no reduction needs a barrier. Long rows: 32 entries per thread.
     block_r = max(1, min(16, 4096 // block_c))
-    num_warps = min(16, max(4, block_c // 1024))
+    num_warps = max(4, block_c // 1024)
     _select_in_registers[(triton.cdiv(O, block_r),)](
         W,
         a,

@@ -47,7 +47,7 @@ class _Kind:
 
     @property
     def tile(self) -> tuple[int, int]:
-        return (128, 32) if self.narrow else (16, 256)
+        return (64, 32) if self.narrow else (8, 256)
 
 
 def _kind(W: Tensor, a: Tensor) -> _Kind:
@@ -105,8 +105,8 @@ def launch_radix_passes(weights: list[Tensor], factors: list[Tensor], k: int) ->
 def launch_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) -> tuple[Tensor, Tensor]:
     """Counts per row, their prefix sums, then the columns: two reads of ``W``."""
     O, C = W.shape
-    block_c = min(1024, max(32, triton.next_power_of_2(C)))
-    block_r = 4096 // block_c
+    block_c = min(512, max(32, triton.next_power_of_2(C)))
+    block_r = 2048 // block_c  # 16 entries per thread
     counts = torch.empty(2, O, dtype=torch.int32, device=W.device)
     row_offsets = torch.empty(O + 1, dtype=torch.int32, device=W.device)
     ties_before = torch.empty(O, dtype=torch.int64, device=W.device)
