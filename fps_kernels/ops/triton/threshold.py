@@ -14,11 +14,11 @@ from torch import Tensor
 from fps_kernels.ops.triton.floats import NAN_KEY, canonical_key, score_key
 from fps_kernels.ops.triton.tables import block_map, device_table
 
-# The 31 bits of a key in four digits, the exponent first. `tl.histogram` spends about one instruction per bin and
-# warp, so wider digits would save a pass over the weights and cost more than that pass.
-DIGIT_SHIFTS = (23, 15, 7, 0)
-DIGIT_BITS = (8, 8, 8, 7)
-ENTRIES_PER_PROGRAM = 65536  # enough to make flushing 256 counters cheap; ViT-B's weights give 1300 programs
+# The 31 bits of a key in three digits. `tl.histogram` is one shared-memory atomic per entry, however many bins there are;
+# wider digits would save no pass and make flushing the counters dearer.
+DIGIT_SHIFTS = (20, 10, 0)
+DIGIT_BITS = (11, 10, 10)
+ENTRIES_PER_PROGRAM = 65536  # enough to make flushing the counters cheap; ViT-B's weights give 1300 programs
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -56,7 +56,7 @@ def _kind(W: Tensor, a: Tensor) -> _Kind:
 
 
 def launch_radix_passes(weights: list[Tensor], factors: list[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Four passes, each followed by the choice of its digit on the device: only counts and two numbers of state exist."""
+    """Three passes, each followed by the choice of its digit on the device: only counts and two numbers of state exist."""
     device, n = weights[0].device, len(weights)
     kinds: dict[_Kind, list[int]] = {}
     for i, (W, a) in enumerate(zip(weights, factors, strict=True)):
@@ -72,8 +72,8 @@ def launch_radix_passes(weights: list[Tensor], factors: list[Tensor], k: int) ->
     }
     pointers = device_table(tuple(table), device)
     state = torch.empty(2, dtype=torch.int64, device=device)  # the key's leading digits; the rank among keys that share them
-    shared = torch.zeros(len(DIGIT_BITS) - 1, 256, dtype=torch.int64, device=device)
-    own = torch.zeros(n, 128, dtype=torch.int64, device=device)  # last digit: a histogram per tensor
+    shared = torch.zeros(len(DIGIT_BITS) - 1, 1 << max(DIGIT_BITS), dtype=torch.int64, device=device)
+    own = torch.zeros(n, 1 << DIGIT_BITS[-1], dtype=torch.int64, device=device)  # last digit: a histogram per tensor
     greater = torch.zeros(n, dtype=torch.int64, device=device)
     equal = torch.empty(n, dtype=torch.int64, device=device)
     threshold = torch.empty((), dtype=torch.float32, device=device)
@@ -97,7 +97,9 @@ def launch_radix_passes(weights: list[Tensor], factors: list[Tensor], k: int) ->
                 BLOCK_C=kind.tile[1],
                 num_warps=4,
             )
-        _choose_digit[(1,)](histogram, state, k, n if last else 1, FIRST=first, BITS=bits, BLOCK_N=16, num_warps=4)
+        _choose_digit[(1,)](
+            histogram, state, k, n if last else 1, FIRST=first, BITS=bits, BLOCK_N=8 if last else 1, num_warps=8
+        )
     _counts[(n,)](own, state, threshold, greater, equal, BITS=DIGIT_BITS[-1], num_warps=4)
     return threshold, greater, equal
 
