@@ -169,12 +169,15 @@ class WeightInterception(TorchFunctionMode):
         if found is None:
             return False
         name, first, view_transposed = found
-        transposed = transposed != view_transposed
-        if transposed and weight.dim() != 2:
-            return False
-        layout = MatrixLayout(self._shapes[name], transposed)
-        rows = layout.shape[0] if transposed else weight.shape[0]
-        self._on_use(WeightUse(name, layout, (first, first + rows), input, convolution))
+        shape = self._shapes[name]
+        layout = MatrixLayout(shape, transposed != view_transposed)
+        if transposed or view_transposed:
+            if tuple(weight.shape) != (shape[::-1] if view_transposed else shape):
+                return False  # some inputs of a transposed weight, not some of its output neurons
+            rows = (0, layout.shape[0])
+        else:
+            rows = (first, first + weight.shape[0])
+        self._on_use(WeightUse(name, layout, rows, input, convolution))
         return True
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
