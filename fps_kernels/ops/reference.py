@@ -19,7 +19,7 @@ def scores(W: Tensor, a: Tensor) -> Tensor:
 
 def column_norm_(x: Tensor, acc: Tensor, ord: float) -> None:
     """``acc[j] += sum_m |x_mj|^ord``, or ``acc[j] = max(acc[j], max_m |x_mj|)`` for ``ord = inf``."""
-    for rows in x.split(ROWS_PER_CHUNK):
+    for rows in torch.split(x, ROWS_PER_CHUNK):
         magnitude = rows.double().abs_()
         if ord == float("inf"):
             if rows.shape[0]:
@@ -40,9 +40,11 @@ def column_norm_conv2d_(
 ) -> None:
     """:func:`column_norm_` of the unfolded ``x`` ``[B, C_in, H, W]`` into ``acc`` ``[groups, C_in/groups * kh * kw]``."""
     top, bottom, left, right = padding
-    for image in x.split(1):  # one image at a time bounds the unfolded copy
+    for image in torch.split(x, 1):  # one image at a time bounds the unfolded copy
         padded = torch.nn.functional.pad(image.double(), (left, right, top, bottom))
-        unfolded = torch.nn.functional.unfold(padded, kernel_size, dilation=dilation, stride=stride)  # [1, C_in*kh*kw, L]
+        unfolded = torch.nn.functional.unfold(
+            padded, tuple(kernel_size), dilation=tuple(dilation), stride=tuple(stride)
+        )  # [1, C_in*kh*kw, L]
         column_norm_(unfolded[0].t(), acc.view(-1), ord)
 
 
