@@ -90,7 +90,8 @@ class GrowthDriven(ColumnScorer):
 
     Attributes:
         anchor: statistics (``ord=1``) of the same model on data like that of its pre-training.
-        eps: added to the anchor, relative to the anchor's mean over the columns of a weight.
+        eps: added to the anchor, relative to the mean over the columns of a weight (the larger of anchor's and now), so
+            that a column that was silent in pre-training has a large but finite factor.
 
     Example:
         >>> anchor = fps.calibrate(model, pretraining_sample)
@@ -117,7 +118,8 @@ class GrowthDriven(ColumnScorer):
         before = self.anchor[name].mean().to(now.device)
         if before.shape != now.shape:
             raise ValueError(f"anchor has shape {list(before.shape)} for {name}, expected {list(now.shape)}")
-        return now / (before + self.eps * before.mean().clamp(min=torch.finfo(torch.float32).tiny))
+        scale = torch.maximum(before.mean(), now.mean()).clamp(min=torch.finfo(torch.float32).tiny)
+        return now / (before + self.eps * scale)
 
 
 @dataclass(frozen=True)
