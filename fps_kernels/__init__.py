@@ -4,9 +4,11 @@ selection = fps.select(model, data, scorer=fps.FPS(), budget=fps.PerNeuron(1))
 optimizer = fps.MaskedAdamW(fps.masked_parameters(model, selection), lr=1e-3)
 """
 
+from fps_kernels import gps, memory
 from fps_kernels.budgets import Global, PerNeuron, PerTensor
 from fps_kernels.calibration import ActivationStats, calibrate
 from fps_kernels.choosing import select
+from fps_kernels.gps import gps_select
 from fps_kernels.ops import BackendUnavailableError, backend_for, use_backend
 from fps_kernels.optim import MaskedAdamW, masked_parameters
 from fps_kernels.scorers import FPS, GrowthDriven, Magnitude, Random, Wanda
@@ -30,7 +32,10 @@ __all__ = [
     "WeightSelection",
     "backend_for",
     "calibrate",
+    "gps",
+    "gps_select",
     "masked_parameters",
+    "memory",
     "select",
     "use_backend",
 ]

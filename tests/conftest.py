@@ -6,6 +6,9 @@ import sys
 import pytest
 import torch
 
+with torch.device("meta"):  # torch notes on first use which functions `with torch.device` redirects: the real ones
+    torch.empty(0)
+
 _REAL_EMPTY = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
 
 

@@ -1,0 +1,26 @@
+"""Importing the package is cheap and safe."""
+
+import subprocess
+import sys
+
+
+def test_import_touches_no_gpu_and_no_optional_dependency():
+    program = (
+        "import sys, torch, fps_kernels;"
+        "optional = ['timm', 'rich', 'typer', 'sklearn', 'torchvision', 'transformers', 'peft', 'triton', 'accelerate'];"
+        "assert not torch.cuda.is_initialized();"
+        "print([name for name in optional if name in sys.modules])"
+    )
+    baseline = "import sys, torch; print([n for n in ['triton', 'torchvision'] if n in sys.modules])"
+    loaded, by_torch = (
+        subprocess.run([sys.executable, "-c", p], capture_output=True, text=True, check=True).stdout.strip()
+        for p in (program, baseline)
+    )
+    assert loaded == by_torch
+
+
+def test_every_public_name_exists_and_is_documented():
+    import fps_kernels as fps
+
+    for name in fps.__all__:
+        assert getattr(fps, name).__doc__, name
