@@ -21,6 +21,9 @@ template <int ORDER> inline F accumulate(F acc, F x) {
 template <int ORDER, int ROWS, class T> inline void add_rows(const T* x, int64_t row_stride, int64_t cols, float* sums) {
     int64_t j = 0;
     for (; j + LANES <= cols; j += LANES) {
+        // Asked for in the second-level cache, which can wait for more lines from memory than the first.
+        if (ROWS > 1)
+            for (int r = 0; r < ROWS; ++r) __builtin_prefetch(x + (r + 2 * ROWS) * row_stride + j, 0, 2);
         F acc = load(sums + j);
         for (int r = 0; r < ROWS; ++r) acc = accumulate<ORDER>(acc, load(x + r * row_stride + j));
         store_vector(sums + j, acc);
