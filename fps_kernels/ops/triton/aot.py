@@ -1,47 +1,75 @@
-"""Compiles the kernels ahead of time, without a GPU, and reads what each of them needs from the machine code.
+"""Compiles the kernels ahead of time, without a GPU, exactly as the ops would launch them, and reads what they need.
 
-Shared by ``tests/ops/test_triton_compile.py`` and ``benchmarks/triton_report.py``. Works only in a process that does not
-interpret Triton.
+:func:`record` runs an op on tensors without memory (``device="meta"``) and notes every launch; :func:`resources`
+compiles it for a GPU that need not be there. Shared by ``tests/ops/test_triton_compile.py`` and
+``benchmarks/triton_report.py``. Works only in a process that does not interpret Triton.
 """
 
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fps_kernels.ops.triton import column_norm, column_norm_conv2d, threshold, topk, updates
+
+FAMILIES = (column_norm, column_norm_conv2d, topk, threshold, updates)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One specialisation of a kernel, as the launch function would ask for it.
+class Launch:
+    """One launch of a kernel, with its arguments specialised as Triton's launcher does.
 
     Attributes:
-        name: unique, for tables and test ids.
         kernel: the jit function.
-        arguments: for each parameter its type, such as ``"*bf16"``, ``"i32"``, with ``:16`` behind it where Triton knows
-            that 16 divides it; anything that is not a string is a compile-time constant.
-        num_warps: warps of 32 threads (64 on AMD) per program.
-        wide_loads: whether 16-byte loads from global memory are required.
+        grid: programs in each dimension.
+        num_warps: warps per program.
+        signature: the type of each parameter, ``"constexpr"`` where its value is compiled in.
+        constants: the values that are compiled in.
+        divisible: the parameters that are known to be divisible by 16.
     """
 
-    name: str
     kernel: Any
-    arguments: dict[str, Any]
-    num_warps: int = 4
-    wide_loads: bool = False
+    grid: tuple[int, ...]
+    num_warps: int
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        name: str = self.kernel.__name__
+        return name
+
+    @property
+    def programs(self) -> int:
+        programs = 1
+        for n in self.grid:
+            programs *= n
+        return programs
 
 
 @dataclass(frozen=True)
@@ -54,7 +82,7 @@ class Resources:
         spilled: bytes of local memory per thread, or on AMD the number of spilled vector registers.
         shared: bytes of shared memory.
         threads: threads per program.
-        wide_loads: number of 16-byte loads from global memory in its code.
+        wide_loads: 16-byte loads from global memory in its code.
         assembly: PTX, or GCN assembly.
     """
 
@@ -67,32 +95,84 @@ class Resources:
     assembly: str
 
 
-def compile_variant(variant: Variant, target: str) -> Resources:
-    """Compile for one of :data:`TARGETS` and read the result.
+def record(op: Callable[..., object], *arguments: Any) -> list[Launch]:
+    """The launches that a call would make, without making them.
 
-    Raises:
-        ValueError: the arguments are not those of the kernel.
+    Args:
+        op: a function of this backend.
+        arguments: as for the op; tensors on the ``meta`` device, whose address 0 counts as aligned.
     """
-    return _read(_compile(variant, target), target)
+    launches: list[Launch] = []
+    with _recording(launches):
+        op(*arguments)
+    return launches
 
 
-def _compile(variant: Variant, target: str) -> Any:
-    names = variant.kernel.arg_names
-    if list(variant.arguments) != names:
-        raise ValueError(f"{variant.name} must give the arguments {names}, got {list(variant.arguments)}")
+@contextmanager
+def _recording(launches: list[Launch]) -> Iterator[None]:
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return partial(self.launch, grid)
+
+        def launch(self, grid: tuple[int, ...], *positional: Any, num_warps: int, **named: Any) -> None:
+            launches.append(_specialised(self.kernel, grid, num_warps, positional, named))
+
+    kernels = [
+        (family, name, value)
+        for family in FAMILIES
+        for name, value in vars(family).items()
+        if isinstance(value, triton.runtime.JITFunction)
+    ]
+    for family, name, kernel in kernels:
+        setattr(family, name, Recorder(kernel))
+    try:
+        yield
+    finally:
+        for family, name, kernel in kernels:
+            setattr(family, name, kernel)
+
+
+def _specialised(
+    kernel: Any, grid: tuple[int, ...], num_warps: int, positional: tuple[Any, ...], named: dict[str, Any]
+) -> Launch:
+    values = dict(zip(kernel.arg_names, positional, strict=False)) | named
     signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], list[list[object]]] = {}
-    for index, (name, value) in enumerate(variant.arguments.items()):
-        if isinstance(value, str):
-            signature[name], _, divisor = value.partition(":")
-            if divisor:
-                attributes[(index,)] = [["tt.divisibility", int(divisor)]]
-        else:
+    constants: dict[str, Any] = {}
+    divisible = []
+    for parameter in kernel.params:
+        name, value = parameter.name, values[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                divisible.append(name)
+        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
             signature[name] = "constexpr"
-            constants[(index,)] = value
-    source = ASTSource(variant.kernel, signature, constants, attributes)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": variant.num_warps})
+            constants[name] = value
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                divisible.append(name)
+    return Launch(kernel, grid, num_warps, tuple(signature.items()), tuple(constants.items()), tuple(divisible))
+
+
+def resources(launch: Launch, target: str) -> Resources:
+    """Compile the kernel of a launch for one of :data:`TARGETS`, and read what one program of it takes."""
+    return _resources(replace(launch, grid=()), target)
+
+
+@cache
+def _resources(launch: Launch, target: str) -> Resources:
+    names = launch.kernel.arg_names
+    source = ASTSource(
+        launch.kernel,
+        dict(launch.signature),
+        {(names.index(name),): value for name, value in launch.constants},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
+    )
+    return _read(triton.compile(source, target=TARGETS[target], options={"num_warps": launch.num_warps}), target)
 
 
 def _read(compiled: Any, target: str) -> Resources:
@@ -116,7 +196,7 @@ def _read(compiled: Any, target: str) -> Resources:
             wide_loads=len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
             assembly=assembly,
         )
-    usage = resource_usage(compiled.asm["cubin"])
+    usage = _resource_usage(compiled.asm["cubin"])
     assembly = compiled.asm["ptx"]
     return Resources(
         registers=usage["REG"],
@@ -124,23 +204,16 @@ def _read(compiled: Any, target: str) -> Resources:
         spilled=usage["LOCAL"],
         shared=max(shared, usage["SHARED"]),
         threads=threads,
-        wide_loads=len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", assembly)),
+        wide_loads=len(re.findall(r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)", assembly)),
         assembly=assembly,
     )
 
 
-def resource_usage(cubin: bytes) -> dict[str, int]:
+def _resource_usage(cubin: bytes) -> dict[str, int]:
     """``REG``, ``STACK``, ``SHARED``, ``LOCAL``, ... of a cubin with one kernel, read by NVIDIA's ``cuobjdump``."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"  # ships inside the wheel
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [_cuobjdump(), "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+)(?:\[\d+\])?:(\d+)", text)}
-
-
-@cache
-def _cuobjdump() -> str:
-    """The one that ships inside the Triton wheel."""
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+        done = subprocess.run([cuobjdump, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+)(?:\[\d+\])?:(\d+)", done.stdout)}

@@ -18,7 +18,9 @@ from fps_kernels.ops.triton.tables import block_map, device_table
 # wider digits would save no pass and make flushing the counters dearer.
 DIGIT_SHIFTS = (20, 10, 0)
 DIGIT_BITS = (11, 10, 10)
-ENTRIES_PER_PROGRAM = 65536  # enough to make flushing the counters cheap; ViT-B's weights give 1300 programs
+# Many entries per program make flushing its counters cheap; few keep all SMs busy where there is one small tensor.
+LEAST_ENTRIES, MOST_ENTRIES = 4096, 65536
+TARGET_PROGRAMS = 528  # four for each SM of an H100
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -63,7 +65,9 @@ def launch_radix_passes(weights: list[Tensor], factors: list[Tensor], k: int) ->
         if W.numel():
             kinds.setdefault(_kind(W, a), []).append(i)
     table: list[int] = []
-    rows_per_program = [max(1, ENTRIES_PER_PROGRAM // max(128, W.shape[1])) for W in weights]
+    total = sum(W.numel() for W in weights)
+    entries = min(MOST_ENTRIES, max(LEAST_ENTRIES, total // TARGET_PROGRAMS))
+    rows_per_program = [max(1, entries // max(1, W.shape[1])) for W in weights]
     for W, a, rows in zip(weights, factors, rows_per_program, strict=True):
         table += (W.data_ptr(), a.data_ptr(), *W.shape, *W.stride(), max(1, W.shape[0] // a.shape[0]), rows)
     maps = {

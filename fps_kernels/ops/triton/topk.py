@@ -7,13 +7,14 @@ from torch import Tensor
 
 from fps_kernels.ops.triton.floats import score_key
 
-# In the machine code for sm_90, with 32 entries per thread, a round of "take the largest away" is about 270 instructions, a
-# step of the bisection 130 (it takes 15 to 31, whatever k is), and ordering what it chose 1200: they meet near k = 14.
-MOST_ROUNDS = 14
+# In the machine code for sm_90, with 32 entries per thread, a round of "take the largest away" is about 210 instructions, a
+# step of the bisection 120 (it takes 15 to 31, whatever k is), and ordering what it chose 1100: they meet near k = 16.
+MOST_ROUNDS = 16
 ROUND_SLOTS = tl.constexpr(16)
-# Up to here a row's keys stay in registers, 32 per thread; beyond it, where they would spill, the bisection computes them
-# again, from the L1 and L2 caches.
+# Up to here a row's keys stay in registers; beyond it, where they would spill, the bisection computes them again, from the L1
+# and L2 caches. Without 16-byte loads every entry has an address of its own, which takes registers too.
 MOST_REGISTER_COLUMNS = 8192
+MOST_SCATTERED_COLUMNS = 4096
 
 
 def score_topk(W: Tensor, a: Tensor, k: int) -> Tensor:
@@ -22,11 +23,16 @@ def score_topk(W: Tensor, a: Tensor, k: int) -> Tensor:
     with torch.cuda.device_of(W):
         if k == 1:
             launch_argmax(W, a, columns)
-        elif W.shape[1] <= MOST_REGISTER_COLUMNS:
+        elif W.shape[1] <= (MOST_REGISTER_COLUMNS if _wide(W) else MOST_SCATTERED_COLUMNS):
             launch_select_in_registers(W, a, columns)
         else:
             launch_select_by_passes(W, a, columns)
     return columns
+
+
+def _wide(W: Tensor) -> bool:
+    """Whether Triton can load rows of ``W`` by 16 bytes."""
+    return W.stride(1) == 1 and W.stride(0) % 16 == 0 and W.data_ptr() % 16 == 0
 
 
 def launch_argmax(W: Tensor, a: Tensor, columns: Tensor) -> None:
@@ -54,9 +60,9 @@ def launch_select_in_registers(W: Tensor, a: Tensor, columns: Tensor) -> None:
     O, C = W.shape
     k = columns.shape[1]
     block_c = triton.next_power_of_2(C)
-    # Short rows: one warp each, so that no reduction needs a barrier. Long rows: 32 entries per thread.
+    # Short rows: one warp each, so that no reduction needs a barrier. Long rows: 32 entries per thread, or 16 addresses.
     block_r = max(1, min(16, 4096 // block_c))
-    num_warps = max(4, block_c // 1024)
+    num_warps = max(4, block_c // 1024) * (1 if _wide(W) else 2)
     _select_in_registers[(triton.cdiv(O, block_r),)](
         W,
         a,

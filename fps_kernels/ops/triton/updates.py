@@ -48,7 +48,8 @@ def masked_adamw_(
         if found_inf is None:
             torch._foreach_add_(steps, 1.0)
         else:
-            torch._foreach_add_(steps, (found_inf == 0).to(torch.float32).reshape(()))
+            clean = (found_inf == 0).to(torch.float32).reshape(())
+            torch._foreach_add_(steps, [clean] * len(steps))  # as a list: never read by the host
         table: list[int] = []
         for i, W in enumerate(weights):
             compact = grads[i].dim() == 1

@@ -1,0 +1,176 @@
+"""Calls on the shapes of real networks, without their memory: what the compile tests and the report go through."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fps_kernels.ops import triton as backend
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SECTOR = 32  # bytes: the least that memory moves for a scattered entry
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op.
+
+    Attributes:
+        name: what and how large.
+        op: the function of the Triton backend.
+        arguments: for the op, on the ``meta`` device.
+        bytes: the least that the op as designed must move to and from memory.
+        wide: whether the kernels that read matrices must do so by 16 bytes: everything is contiguous and aligned.
+    """
+
+    name: str
+    op: Callable[..., object]
+    arguments: tuple[Any, ...]
+    bytes: int
+    wide: bool
+
+
+def tensor(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _size(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def vit_weights(blocks: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """The four matrices of every block of a ViT with MLP ratio 4."""
+    shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    return [tensor(*shape, dtype=dtype) for _ in range(blocks) for shape in shapes]
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel of the backend, in the specialisations that matter."""
+    yield from _column_norms()
+    yield from _convolutions()
+    yield from _topk()
+    yield from _thresholds()
+    yield from _updates()
+
+
+def _column_norms() -> Iterator[Case]:
+    def case(name: str, x: Tensor, ord: float, wide: bool = True) -> Case:
+        acc = tensor(x.shape[1], dtype=torch.float64)
+        return Case(f"column_norm {name}", backend.column_norm_, (x, acc, ord), _size(x) + 2 * _size(acc), wide)
+
+    for dtype in (BF16, FP16, FP32):
+        for ord in (1.0, 2.0, float("inf")):
+            yield case(f"ViT-B/16 qkv, batch 64, {_short(dtype)}, ord {ord:g}", tensor(64 * 197, 768, dtype=dtype), ord)
+    yield case("ViT-H/14 fc1, batch 64, bf16, ord 1", tensor(64 * 257, 1280, dtype=BF16), 1.0)
+    yield case("ViT-H/14 fc2, batch 64, bf16, ord 1", tensor(64 * 257, 5120, dtype=BF16), 1.0)
+    yield case("transposed, bf16, ord 1", tensor(768, 12608, dtype=BF16).t(), 1.0, wide=False)
+    yield case("odd strides, bf16, ord 1", tensor(12609, 771, dtype=BF16)[:, ::3], 1.0, wide=False)
+    yield case("one row repeated, fp32, ord inf", tensor(1, 768).expand(12608, 768), float("inf"), wide=False)
+
+
+def _convolutions() -> Iterator[Case]:
+    def case(name: str, x: Tensor, k: int, stride: int, padding: int, ord: float = 1.0, wide: bool = False) -> Case:
+        acc = tensor(1, x.shape[1] * k * k, dtype=torch.float64)
+        arguments = (x, acc, [k, k], [stride, stride], [padding] * 4, [1, 1], 1, ord)
+        return Case(f"column_norm_conv2d {name}", backend.column_norm_conv2d_, arguments, _size(x) + 2 * _size(acc), wide)
+
+    for dtype in (BF16, FP32):
+        image = tensor(64, 3, 224, 224, dtype=dtype)
+        yield case(f"ViT-B/16 patches, batch 64, {_short(dtype)}", image, 16, 16, 0, wide=True)
+    yield case(
+        "ViT-B/16 patches, batch 64, fp16, ord inf", tensor(64, 3, 224, 224, dtype=FP16), 16, 16, 0, float("inf"), True
+    )
+    image = tensor(64, 3, 224, 224, dtype=BF16)
+    yield case("ViT-H/14 patches, batch 64, bf16", image, 14, 14, 0)
+    channels_last = tensor(64, 64, 56, 56, dtype=BF16).to(memory_format=torch.channels_last)
+    yield case("ResNet 3x3, 64 channels, batch 64, bf16", tensor(64, 64, 56, 56, dtype=BF16), 3, 1, 1)
+    yield case("ResNet 3x3, 64 channels, batch 64, bf16, channels-last", channels_last, 3, 1, 1, wide=True)
+    yield case("ResNet stem 7x7, batch 64, fp32, ord 2", tensor(64, 3, 224, 224), 7, 2, 3, 2.0)
+    yield case("ConvNeXt-T 7x7, 384 channels, batch 64, bf16", tensor(64, 384, 14, 14, dtype=BF16), 7, 1, 3)
+    yield case("ResNet 1x1, 256 channels, batch 64, bf16", tensor(64, 256, 56, 56, dtype=BF16), 1, 1, 0)
+
+
+def _topk() -> Iterator[Case]:
+    def case(name: str, W: Tensor, k: int, wide: bool = True) -> Case:
+        a = tensor(1, W.shape[1])
+        moved = _size(W, a) + W.shape[0] * k * 4
+        return Case(f"score_topk {name}, k={k}", backend.score_topk, (W, a, k), moved, wide)
+
+    for dtype in (BF16, FP16, FP32):
+        for k in (1, 8, 64):
+            yield case(f"ViT-B/16 fc1 [3072, 768] {_short(dtype)}", tensor(3072, 768, dtype=dtype), k)
+    for k in (1, 8, 64):
+        yield case("ViT-B/16 fc2 [768, 3072] bf16", tensor(768, 3072, dtype=BF16), k)
+        yield case("ViT-H/14 fc2 [1280, 5120] fp32", tensor(1280, 5120), k)
+        yield case("GPT-2 Conv1D [3072, 768] transposed fp32", tensor(768, 3072).t(), k, wide=False)
+        yield case("unaligned [3001, 771] bf16", tensor(3001, 771, dtype=BF16), k, wide=False)
+        yield case("unaligned [771, 5001] fp32", tensor(771, 5001), k, wide=False)
+    yield case("3x3 of 1024 channels [1024, 9216] bf16", tensor(1024, 9216, dtype=BF16), 64)
+    yield case("3x3 of 1024 channels [1024, 9216] fp32", tensor(1024, 9216), 64)
+    yield case("unaligned [1021, 9001] bf16", tensor(1021, 9001, dtype=BF16), 64, wide=False)
+
+
+def _thresholds() -> Iterator[Case]:
+    def kth(name: str, weights: list[Tensor], wide: bool = True) -> Case:
+        factors = [tensor(1, W.shape[1]) for W in weights]
+        k = sum(W.numel() for W in weights) // 100
+        return Case(f"score_kth {name}", backend.score_kth, (weights, factors, k), 3 * _size(*weights, *factors), wide)
+
+    def select(name: str, W: Tensor, wide: bool = True) -> Case:
+        nnz = W.numel() // 100
+        arguments = (W, tensor(1, W.shape[1]), tensor(), 3, nnz)
+        return Case(f"score_select {name}", backend.score_select, arguments, 2 * _size(W) + 4 * nnz, wide)
+
+    for dtype in (BF16, FP16, FP32):
+        yield kth(f"ViT-B/16, all blocks, {_short(dtype)}, 1 %", vit_weights(12, 768, dtype))
+        yield select(f"ViT-B/16 fc1 [3072, 768] {_short(dtype)}, 1 %", tensor(3072, 768, dtype=dtype))
+    yield kth("ViT-H/14, all blocks, bf16, 1 %", vit_weights(32, 1280, BF16))
+    yield kth("unaligned, bf16", [tensor(3001, 771, dtype=BF16)], wide=False)
+    yield kth("unaligned, fp32", [tensor(3001, 771)], wide=False)
+    yield kth("depthwise 7x7, fp32", [tensor(768, 49)], wide=False)
+    yield select("transposed [3072, 768] fp32", tensor(768, 3072).t(), wide=False)
+    yield select("depthwise 7x7 fp32", tensor(768, 49), wide=False)
+
+
+def _updates() -> Iterator[Case]:
+    def adamw(name: str, weights: list[Tensor], compact: bool, scaler: bool) -> Case:
+        counts = [W.numel() // 100 for W in weights]
+        dtype = weights[0].dtype
+        arguments = (
+            weights,
+            [tensor(n, dtype=dtype) for n in counts] if compact else [torch.empty_like(W) for W in weights],
+            [tensor(W.shape[0] + 1, dtype=torch.int32) for W in weights],
+            [tensor(n, dtype=torch.int32) for n in counts],
+            [tensor(0 if dtype == FP32 else n) for n in counts],
+            [tensor(n) for n in counts],
+            [tensor(n) for n in counts],
+            [tensor() for _ in counts],
+            tensor(len(weights), dtype=torch.float64),
+            [0.01] * len(weights),
+            0.9,
+            0.999,
+            1e-8,
+            False,
+            tensor() if scaler else None,
+            tensor() if scaler else None,
+        )
+        weight = 2 * SECTOR if dtype == FP32 else SECTOR + 2 * 4  # read and written, or written, beside its master
+        grad = weights[0].element_size() if compact else SECTOR
+        return Case(
+            f"masked_adamw {name}", backend.masked_adamw_, arguments, sum(counts) * (4 + 4 * 4 + weight + grad), False
+        )
+
+    yield adamw("ViT-B/16, 1 %, fp32, dense gradients", vit_weights(12, 768, FP32), compact=False, scaler=False)
+    yield adamw("ViT-B/16, 1 %, fp32, compact gradients", vit_weights(12, 768, FP32), compact=True, scaler=False)
+    yield adamw("ViT-H/14, 1 %, bf16, compact gradients, scaler", vit_weights(32, 1280, BF16), compact=True, scaler=True)
+    for dtype in (BF16, FP16, FP32):
+        W, nnz = tensor(3072, 768, dtype=dtype), 23592
+        arguments = (W, tensor(3073, dtype=torch.int32), tensor(nnz, dtype=torch.int32), tensor(nnz))
+        moved = nnz * (4 + 4 + SECTOR)
+        yield Case(f"scatter_values ViT-B/16 fc1, 1 %, {_short(dtype)}", backend.scatter_values_, arguments, moved, False)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {BF16: "bf16", FP16: "fp16", FP32: "fp32"}[dtype]
