@@ -26,7 +26,7 @@ def column_norm_(x: Tensor, acc: Tensor, ord: float) -> None:
 
 
 def launch_partial_norms(x: Tensor, ord: float) -> Tensor:
-    """Stage 1. The workspace it returns, float64 ``[splits, C]``, is at most ``8 * max(C, 256 * (528 + C / 256))`` bytes."""
+    """Stage 1. Its result, float64 ``[splits, C]``, takes at most ``8 * (528 * 256 + C)`` bytes, whatever ``M`` is."""
     M, C = x.shape
     column_blocks = triton.cdiv(C, BLOCK_C)
     # 128 rows are the most that float32 may add; fewer where that would leave SMs without work.

@@ -11,8 +11,8 @@ from fps_kernels.ops.triton.floats import score_key
 # step of the bisection 120 (it takes 15 to 31, whatever k is), and ordering what it chose 1100: they meet near k = 16.
 MOST_ROUNDS = 16
 ROUND_SLOTS = tl.constexpr(16)
-# Up to here a row's keys stay in registers; beyond it, where they would spill, the bisection computes them again, from the L1
-# and L2 caches. Without 16-byte loads every entry has an address of its own, which takes registers too.
+# Up to here a row's keys stay in registers; beyond it, where they would spill, the bisection computes them again, from the
+# L1 and L2 caches. Without 16-byte loads every entry has an address of its own, which takes registers too.
 MOST_REGISTER_COLUMNS = 8192
 MOST_SCATTERED_COLUMNS = 4096
 

@@ -1,0 +1,139 @@
+"""The paths of the Triton launch functions that only large tensors take, forced onto small ones."""
+
+import sys
+
+import pytest
+import torch
+
+from fps_kernels import ops
+from fps_kernels.ops import reference
+
+if not (ops.interpreted() or torch.cuda.is_available()):
+    pytest.skip("runs where Triton does: TRITON_INTERPRET=1, or a GPU", allow_module_level=True)
+pytest.importorskip("triton")
+
+from fps_kernels.ops import triton as backend
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def module(name: str):
+    return sys.modules[f"fps_kernels.ops.triton.{name}"]
+
+
+@pytest.mark.parametrize("ord", [1.0, 2.0, float("inf")])
+@pytest.mark.parametrize("programs", [1, 3, 6])
+def test_column_norm_with_few_programs_for_many_tiles(monkeypatch, programs, ord):
+    monkeypatch.setattr(module("column_norm"), "TARGET_PROGRAMS", programs)
+    x = torch.randn(1000, 300, device=DEVICE)
+    got, expected = torch.rand(2, 300, dtype=torch.float64, device=DEVICE)
+    expected.copy_(got)
+    backend.column_norm_(x, got, ord)
+    reference.column_norm_(x, expected, ord)
+    torch.testing.assert_close(got, expected, rtol=0 if ord == float("inf") else 1e-5, atol=0)
+
+
+def test_column_norm_is_deterministic():
+    x = torch.randn(5000, 3, device=DEVICE)
+    first, second = torch.zeros(2, 3, dtype=torch.float64, device=DEVICE)
+    backend.column_norm_(x, first, 1.0)
+    backend.column_norm_(x, second, 1.0)
+    assert torch.equal(first, second)
+
+
+def test_column_norm_bounds_its_workspace(monkeypatch):
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **named: launched.append(arguments)
+
+    monkeypatch.setattr(module("column_norm"), "_partial_norms", Kernel())
+    for M, C in ((10**7, 1), (10**7, 768), (10**5, 200_000), (1, 5)):
+        x = torch.empty(M, C, device="meta")
+        partials = module("column_norm").launch_partial_norms(x, 1.0)
+        assert launched[-1][1] is partials
+        assert partials.numel() * 8 <= 8 * (528 * 256 + C)
+
+
+@pytest.mark.parametrize("programs", [1, 7])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_convolution_with_few_programs_for_many_blocks(monkeypatch, programs, layout):
+    monkeypatch.setattr(module("column_norm_conv2d"), "TARGET_PROGRAMS", programs)
+    x = torch.randn(5, 3, 40, 21, device=DEVICE).to(memory_format=layout)
+    arguments = [3, 5], [1, 2], [1, 0, 2, 2], [2, 1], 3, 1.0
+    got, expected = torch.zeros(2, 3, 15, dtype=torch.float64, device=DEVICE)
+    backend.column_norm_conv2d_(x, got, *arguments)
+    reference.column_norm_conv2d_(x, expected, *arguments)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("fill", ["random", "tied", "nan"])
+def test_topk_of_rows_too_long_for_registers(monkeypatch, fill):
+    for name in ("MOST_ROUNDS", "MOST_REGISTER_COLUMNS", "MOST_SCATTERED_COLUMNS"):
+        monkeypatch.setattr(module("topk"), name, 0)
+    W, a = torch.randn(2, 9001, device=DEVICE), torch.rand(1, 9001, device=DEVICE)
+    if fill == "tied":
+        W, a = (W * 2).round(), torch.ones_like(a)
+    elif fill == "nan":
+        W[:, ::7] = float("nan")
+    for k in (2, 2500, 9001):
+        assert torch.equal(backend.score_topk(W, a, k), reference.score_topk(W, a, k)), k
+
+
+def test_kth_of_many_kinds_of_tensors_in_many_programs(monkeypatch):
+    for name in ("LEAST_ENTRIES", "MOST_ENTRIES"):
+        monkeypatch.setattr(module("threshold"), name, 500)
+    weights = [
+        torch.randn(37, 80, device=DEVICE),
+        torch.randn(9, 260, device=DEVICE).bfloat16(),
+        torch.randn(120, 9, device=DEVICE).half(),
+        torch.randn(0, 5, device=DEVICE),
+        torch.randn(64, 33, device=DEVICE).t(),
+        torch.randn(8, 256, device=DEVICE).bfloat16(),
+    ]
+    factors = [torch.rand(1, W.shape[1], device=DEVICE) for W in weights]
+    factors[2] = torch.rand(4, 9, device=DEVICE)
+    for k in (1, 777, sum(W.numel() for W in weights)):
+        for got, expected in zip(
+            backend.score_kth(weights, factors, k), reference.score_kth(weights, factors, k), strict=True
+        ):
+            assert torch.equal(got, expected), k
+
+
+def test_select_never_writes_beyond_nnz():
+    W, a = torch.rand(40, 50, device=DEVICE), torch.ones(1, 50, device=DEVICE)
+    fenced = torch.full((400,), -1, dtype=torch.int32, device=DEVICE)
+    real = torch.empty
+
+    def empty(*shape, **options):
+        return fenced[:10] if shape == (10,) else real(*shape, **options)
+
+    torch.empty = empty
+    try:
+        module("threshold").launch_select(W, a, torch.tensor(0.5, device=DEVICE), 0, 10)
+    finally:
+        torch.empty = real
+    assert (fenced[10:] == -1).all()
+    assert (fenced[:10] >= 0).all()
+
+
+def test_updates_of_many_blocks():
+    W = torch.zeros(7, 900, device=DEVICE)
+    columns = torch.cat([torch.randperm(900, device=DEVICE)[:n].int() for n in (900, 0, 0, 513, 1, 899, 0)])
+    row_offsets = torch.tensor([0, 900, 900, 900, 1413, 1414, 2313, 2313], dtype=torch.int32, device=DEVICE)
+    values = torch.randn(2313, device=DEVICE)
+    expected = W.clone()
+    backend.scatter_values_(W, row_offsets, columns, values)
+    reference.scatter_values_(expected, row_offsets, columns, values)
+    assert torch.equal(W, expected)
+
+    def step(op, weight):
+        state = [torch.zeros(2313, device=DEVICE) for _ in range(2)]
+        lrs = torch.tensor([0.1], dtype=torch.float64, device=DEVICE)
+        steps = [torch.tensor(0.0, device=DEVICE)]
+        op([weight], [weight.sin()], [row_offsets], [columns], [torch.empty(0, device=DEVICE)], [state[0]], [state[1]],
+           steps, lrs, [0.1], 0.9, 0.999, 1e-8, False, None, None)  # fmt: skip
+        return weight
+
+    torch.testing.assert_close(step(backend.masked_adamw_, W), step(reference.masked_adamw_, expected), rtol=1e-6, atol=1e-7)
