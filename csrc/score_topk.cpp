@@ -27,7 +27,6 @@ template <int GROUPS, class T> void store_keys(const T* w, const float* a, int64
     int64_t j = 0;
     for (; j + GROUPS <= cols; j += GROUPS) {
         for (int i = 0; i < VECTORS; ++i) {
-            prefetch_weights(w + j + i * LANES);
             const I here = keys(load(w + j + i * LANES), load(a + j + i * LANES));
             store_vector(to + j + i * LANES, here);
             highest[i] = max(highest[i], here);

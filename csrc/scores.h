@@ -18,17 +18,10 @@ inline int32_t key(float w, float a) {
     return bits < NAN_KEY ? bits : NAN_KEY;
 }
 
-// Weights are read in order, but the hardware prefetcher stops at every page: ask for the line 4 KiB ahead, in the
-// second-level cache, which can wait for more lines from memory than the first.
-inline void prefetch_weights(const void* w) { __builtin_prefetch((const char*)w + 4096, 0, 2); }
-
 // Calls `fn(j, keys)` for the columns [0, cols) of one row, LANES at a time.
 template <class T, class Fn> inline void for_keys(const T* w, const float* a, int64_t cols, Fn fn) {
     int64_t j = 0;
-    for (; j + LANES <= cols; j += LANES) {
-        prefetch_weights(w + j);
-        fn(j, keys(load(w + j), load(a + j)));
-    }
+    for (; j + LANES <= cols; j += LANES) fn(j, keys(load(w + j), load(a + j)));
     if (j < cols) {
         const I last = keys(load_first(w + j, cols - j), load_first(a + j, cols - j));
         fn(j, iota() < broadcast((int32_t)(cols - j)) ? last : broadcast(-1));
