@@ -80,7 +80,7 @@ class Resources:
         registers: per thread.
         stack: bytes of stack (private segment) per thread.
         spilled: bytes of local memory per thread, or on AMD the number of spilled vector registers.
-        shared: bytes of shared memory.
+        shared: bytes of shared memory that it asks for.
         threads: threads per program.
         wide_loads: 16-byte loads from global memory in its code.
         assembly: PTX, or GCN assembly.
@@ -202,7 +202,7 @@ def _read(compiled: Any, target: str) -> Resources:
         registers=usage["REG"],
         stack=usage["STACK"],
         spilled=usage["LOCAL"],
-        shared=max(shared, usage["SHARED"]),
+        shared=shared,
         threads=threads,
         wide_loads=len(re.findall(r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)", assembly)),
         assembly=assembly,

@@ -21,7 +21,7 @@ class Case:
         name: what and how large.
         op: the function of the Triton backend.
         arguments: for the op, on the ``meta`` device.
-        bytes: the least that the op as designed must move to and from memory.
+        bytes: the least that the op as designed must move to and from memory; 0 where that is of no interest.
         wide: whether the kernels that read matrices must do so by 16 bytes: everything is contiguous and aligned.
     """
 
@@ -53,6 +53,7 @@ def cases() -> Iterator[Case]:
     yield from _topk()
     yield from _thresholds()
     yield from _updates()
+    yield from _extremes()
 
 
 def _column_norms() -> Iterator[Case]:
@@ -170,6 +171,33 @@ def _updates() -> Iterator[Case]:
         arguments = (W, tensor(3073, dtype=torch.int32), tensor(nnz, dtype=torch.int32), tensor(nnz))
         moved = nnz * (4 + 4 + SECTOR)
         yield Case(f"scatter_values ViT-B/16 fc1, 1 %, {_short(dtype)}", backend.scatter_values_, arguments, moved, False)
+
+
+def _extremes() -> Iterator[Case]:
+    """Sizes of 1, which Triton compiles in, and sizes and strides beyond 32 bits, which change the types of arguments."""
+    one, int32 = tensor(1, 1), torch.int32
+    far = torch.empty_strided((48, 768), (2**31 + 16, 1), device="meta")  # a slice of something huge
+    taps = [1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, 1.0
+    calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = [
+        (backend.column_norm_, (one, tensor(1, dtype=torch.float64), 1.0)),
+        (backend.column_norm_, (tensor(2**31 + 16, 1), tensor(1, dtype=torch.float64), float("inf"))),
+        (backend.column_norm_, (far, tensor(768, dtype=torch.float64), 2.0)),
+        (backend.column_norm_conv2d_, (tensor(1, 1, 1, 1), tensor(1, 1, dtype=torch.float64), *taps)),
+        (backend.column_norm_conv2d_, (tensor(2, 3, 40_000, 40_000), tensor(1, 3, dtype=torch.float64), *taps)),
+    ]
+    for W in (one, far):
+        nnz = W.shape[0]
+        csr = tensor(nnz + 1, dtype=int32), tensor(nnz, dtype=int32)
+        calls += [(backend.score_topk, (W, tensor(1, W.shape[1]), k)) for k in {1, min(2, W.shape[1]), W.shape[1]}]
+        calls += [
+            (backend.score_kth, ([W], [tensor(1, W.shape[1])], 1)),
+            (backend.score_select, (W, tensor(1, W.shape[1]), tensor(), 0, nnz)),
+            (backend.scatter_values_, (W, *csr, tensor(nnz))),
+        ]
+    by_passes = torch.empty_strided((1, 9000), (2**31 + 16, 1), device="meta")
+    calls.append((backend.score_topk, (by_passes, tensor(1, 9000), 20)))
+    for number, (op, arguments) in enumerate(calls):
+        yield Case(f"{op.__name__.rstrip('_')} extreme {number}", op, arguments, 0, False)
 
 
 def _short(dtype: torch.dtype) -> str:

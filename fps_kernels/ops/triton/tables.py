@@ -1,13 +1,14 @@
 """Tables of pointers and sizes, for kernels that serve a list of tensors of any number and shape in one launch."""
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 MOST_TABLES = 16
 
-_Key = tuple[tuple[int, ...], torch.device]
+_Key = tuple[tuple[int | tuple[int, int], ...], torch.device]
 _tables: OrderedDict[_Key, tuple[Tensor, torch.cuda.Stream, torch.cuda.Event]] = OrderedDict()
 _kept_for_graphs: dict[_Key, Tensor] = {}
 
@@ -22,9 +23,21 @@ def device_table(values: tuple[int, ...], device: torch.device) -> Tensor:
     Raises:
         RuntimeError: a CUDA graph is being captured and there is no such table yet.
     """
+    return _cached(values, device, lambda: values)
+
+
+def block_map(blocks: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """For each program what it works on, ``tensor << 32 | block``, from pairs of a tensor and the number of its blocks.
+
+    Cached like :func:`device_table`.
+    """
+    return _cached(blocks, device, lambda: [tensor << 32 | block for tensor, count in blocks for block in range(count)])
+
+
+def _cached(content: tuple[int | tuple[int, int], ...], device: torch.device, values: Callable[[], Sequence[int]]) -> Tensor:
     if device.type != "cuda":
-        return torch.tensor(values, dtype=torch.int64, device=device)
-    key = (values, device)
+        return torch.tensor(values(), dtype=torch.int64, device=device)
+    key = (content, device)
     capturing = torch.cuda.is_current_stream_capturing()
     stream = torch.cuda.current_stream(device)
     if key not in _tables:
@@ -33,7 +46,8 @@ def device_table(values: tuple[int, ...], device: torch.device) -> Tensor:
                 "a CUDA graph under capture needs a table of tensors that an earlier call has made: take a warm-up step "
                 "with the same tensors before it, gradients included (zero_grad(set_to_none=False) keeps them in place)"
             )
-        _tables[key] = _upload(values, device, stream)
+        table = torch.tensor(values(), dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+        _tables[key] = table, stream, stream.record_event()
         if len(_tables) > MOST_TABLES:
             _tables.popitem(last=False)
     _tables.move_to_end(key)
@@ -44,15 +58,3 @@ def device_table(values: tuple[int, ...], device: torch.device) -> Tensor:
         stream.wait_event(copied)
         table.record_stream(stream)
     return table
-
-
-def block_map(blocks: list[tuple[int, int]], device: torch.device) -> Tensor:
-    """For each program what it works on, ``tensor << 32 | block``, given the number of blocks of every tensor."""
-    return device_table(tuple(tensor << 32 | block for tensor, count in blocks for block in range(count)), device)
-
-
-def _upload(
-    values: tuple[int, ...], device: torch.device, stream: torch.cuda.Stream
-) -> tuple[Tensor, torch.cuda.Stream, torch.cuda.Event]:
-    table = torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
-    return table, stream, stream.record_event()

@@ -21,6 +21,7 @@ DIGIT_BITS = (11, 10, 10)
 # Many entries per program make flushing its counters cheap; few keep all SMs busy where there is one small tensor.
 LEAST_ENTRIES, MOST_ENTRIES = 4096, 65536
 TARGET_PROGRAMS = 528  # four for each SM of an H100
+FIELDS = tl.constexpr(8)  # of a tensor in the table
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -71,7 +72,7 @@ def launch_radix_passes(weights: list[Tensor], factors: list[Tensor], k: int) ->
     for W, a, rows in zip(weights, factors, rows_per_program, strict=True):
         table += (W.data_ptr(), a.data_ptr(), *W.shape, *W.stride(), max(1, W.shape[0] // a.shape[0]), rows)
     maps = {
-        kind: block_map([(i, triton.cdiv(weights[i].shape[0], rows_per_program[i])) for i in members], device)
+        kind: block_map(tuple((i, triton.cdiv(weights[i].shape[0], rows_per_program[i])) for i in members), device)
         for kind, members in kinds.items()
     }
     pointers = device_table(tuple(table), device)
@@ -153,7 +154,7 @@ def _histogram(
     BINS: tl.constexpr = 1 << BITS
     entry = tl.load(map_ptr + tl.program_id(0))  # tensor << 32 | number of the program within it
     tensor = entry >> 32
-    fields = table_ptr + tensor * 8
+    fields = table_ptr + tensor * FIELDS
     W_ptr = tl.load(fields).to(tl.pointer_type(DTYPE))
     a_ptr = tl.load(fields + 1).to(tl.pointer_type(tl.float32))
     O = tl.load(fields + 2)

@@ -91,10 +91,9 @@ def launch_masked_adamw(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    blocks = [(i, triton.cdiv(count, BLOCK)) for i, count in enumerate(entries)]
     if not any(entries):
         return
-    map_ = block_map(blocks, lrs.device)
+    map_ = block_map(tuple((i, triton.cdiv(count, BLOCK)) for i, count in enumerate(entries)), lrs.device)
     _masked_adamw[(map_.numel(),)](
         device_table(tuple(table), lrs.device),
         map_,
