@@ -103,6 +103,8 @@ void topk_of_row(const T* w, const float* a, int64_t cols, int64_t k, const RowS
             memcpy(columns, row.found, (size_t)k * sizeof(int32_t));
         } else if (n <= 16) {
             keep_best<16>(row, n, k, columns);
+        } else if (n <= 32) {
+            keep_best<32>(row, n, k, columns);
         } else if (n <= FEW) {
             keep_best<FEW>(row, n, k, columns);
         } else { // many equal keys, or a row that is ordered in a way that defeats the groups
