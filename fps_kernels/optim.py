@@ -144,6 +144,10 @@ class MaskedAdamW(Optimizer):
         super().add_param_group(group)
         self._selections.update(placed)
 
+    def selections(self) -> dict[Tensor, WeightSelection]:
+        """The chosen entries of every parameter of this optimizer; all of them where it is tuned whole."""
+        return dict(self._selections)
+
     @overload
     def step(self, closure: None = None) -> None: ...
 

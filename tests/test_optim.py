@@ -258,7 +258,7 @@ def test_parameters_that_move_in_memory():
 
 def selected_like(optimizer: fps.MaskedAdamW, model: nn.Module) -> Selection:
     names = {p: n for n, p in model.named_parameters()}
-    found = {names[p]: entries for p, entries in optimizer._selections.items()}
+    found = {names[p]: entries for p, entries in optimizer.selections().items()}
     partial = {n: e for n, e in found.items() if e.density < 1}
     return Selection(partial, tuple(n for n in found if n not in partial))
 
