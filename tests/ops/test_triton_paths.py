@@ -137,3 +137,71 @@ def test_updates_of_many_blocks():
         return weight
 
     torch.testing.assert_close(step(backend.masked_adamw_, W), step(reference.masked_adamw_, expected), rtol=1e-6, atol=1e-7)
+
+
+class FakeCuda:
+    """As much of ``torch`` as the cache of tables touches, with streams and captures that the test controls."""
+
+    int64 = torch.int64
+
+    def __init__(self):
+        self.capturing, self.copies, self.stream = False, 0, "first"
+        self.waits, self.recorded = [], []
+        self.cuda = self
+
+    def is_current_stream_capturing(self):
+        return self.capturing
+
+    def current_stream(self, device):
+        fake = self
+
+        class Stream(str):
+            def record_event(self):
+                return f"copied on {self}"
+
+            def wait_event(self, event):
+                fake.waits.append((str(self), event))
+
+        return Stream(self.stream)
+
+    def tensor(self, values, dtype, pin_memory):
+        assert pin_memory
+        fake, content = self, list(values)
+
+        class Table:
+            def to(self, device, non_blocking):
+                assert non_blocking
+                fake.copies += 1
+                return self
+
+            def record_stream(self, stream):
+                fake.recorded.append(str(stream))
+
+        table = Table()
+        table.content = content
+        return table
+
+
+def test_tables_are_copied_once_and_never_inside_a_capture(monkeypatch):
+    tables = module("tables")
+    fake = FakeCuda()
+    monkeypatch.setattr(tables, "torch", fake)
+    monkeypatch.setattr(tables, "_tables", type(tables._tables)())
+    monkeypatch.setattr(tables, "_kept_for_graphs", {})
+    cuda = torch.device("cuda", 0)
+    table = tables.device_table((1, 2, 3), cuda)
+    assert tables.device_table((1, 2, 3), cuda) is table
+    assert (fake.copies, fake.waits) == (1, [])
+    assert tables.block_map(((0, 2), (1, 0), (2, 1)), cuda).content == [0, 1, 2 << 32]
+    fake.stream = "second"
+    assert tables.device_table((1, 2, 3), cuda) is table
+    assert (fake.waits, fake.recorded) == ([("second", "copied on first")], ["second"])
+    fake.capturing = True
+    assert tables.device_table((1, 2, 3), cuda) is table
+    with pytest.raises(RuntimeError, match="warm-up step"):
+        tables.device_table((4,), cuda)
+    fake.capturing = False
+    for n in range(2 * tables.MOST_TABLES):
+        tables.device_table((n,), cuda)
+    assert len(tables._tables) == tables.MOST_TABLES
+    assert list(tables._kept_for_graphs.values()) == [table]

@@ -45,11 +45,6 @@ def masked_adamw_(
     :func:`~fps_kernels.ops.triton.tables.device_table`.
     """
     with torch.cuda.device_of(lrs):
-        if found_inf is None:
-            torch._foreach_add_(steps, 1.0)
-        else:
-            clean = (found_inf == 0).to(torch.float32).reshape(())
-            torch._foreach_add_(steps, [clean] * len(steps))  # as a list: never read by the host
         table: list[int] = []
         for i, W in enumerate(weights):
             compact = grads[i].dim() == 1
@@ -74,7 +69,15 @@ def masked_adamw_(
             )
         # Compile-time or float32 arguments would cost a compilation or precision: float64 travels as its bits.
         table += map(_float64_bits, (beta1, beta2, _log(beta1), _log(beta2), eps))
-        launch_masked_adamw(table, [c.numel() for c in columns], lrs, maximize, grad_scale, found_inf)
+        pointers = device_table(tuple(table), lrs.device)
+        map_ = block_map(tuple((i, triton.cdiv(c.numel(), BLOCK)) for i, c in enumerate(columns)), lrs.device)
+        if found_inf is None:
+            torch._foreach_add_(steps, 1.0)
+        else:
+            clean = (found_inf == 0).to(torch.float32).reshape(())
+            torch._foreach_add_(steps, [clean] * len(steps))  # as a list: never read by the host
+        if map_.numel():
+            launch_masked_adamw(pointers, map_, lrs, maximize, grad_scale, found_inf)
 
 
 def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor) -> None:
@@ -84,23 +87,15 @@ def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Ten
 
 
 def launch_masked_adamw(
-    table: list[int],
-    entries: list[int],
-    lrs: Tensor,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    pointers: Tensor, map_: Tensor, lrs: Tensor, maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    if not any(entries):
-        return
-    map_ = block_map(tuple((i, triton.cdiv(count, BLOCK)) for i, count in enumerate(entries)), lrs.device)
     _masked_adamw[(map_.numel(),)](
-        device_table(tuple(table), lrs.device),
+        pointers,
         map_,
         lrs,
         grad_scale,
         found_inf,
-        len(entries),
+        lrs.numel(),
         MAXIMIZE=maximize,
         BLOCK=BLOCK,
         num_warps=4,
