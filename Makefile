@@ -29,10 +29,10 @@ test: lint
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 tests/ops
 
 bench: $(SETUP)
-	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/triton_report.py
-	$(BIN)/python benchmarks/selection_time.py
-	$(BIN)/python benchmarks/memory_vs_gps.py
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.triton_report
+	$(BIN)/python -m benchmarks.selection_time
+	$(BIN)/python -m benchmarks.memory_vs_gps --quick
 
 clean:
 	rm -rf $(VENV) build
