@@ -62,7 +62,7 @@ def _column_norms() -> Iterator[Case]:
         return Case(f"column_norm {name}", backend.column_norm_, (x, acc, ord), _size(x) + 2 * _size(acc), wide)
 
     for dtype in (BF16, FP16, FP32):
-        for ord in (1.0, 2.0, float("inf")):
+        for ord in (1.0,) if dtype == FP16 else (1.0, 2.0, float("inf")):
             yield case(f"ViT-B/16 qkv, batch 64, {_short(dtype)}, ord {ord:g}", tensor(64 * 197, 768, dtype=dtype), ord)
     yield case("ViT-H/14 fc1, batch 64, bf16, ord 1", tensor(64 * 257, 1280, dtype=BF16), 1.0)
     yield case("ViT-H/14 fc2, batch 64, bf16, ord 1", tensor(64 * 257, 5120, dtype=BF16), 1.0)
@@ -100,14 +100,15 @@ def _topk() -> Iterator[Case]:
         return Case(f"score_topk {name}, k={k}", backend.score_topk, (W, a, k), moved, wide)
 
     for dtype in (BF16, FP16, FP32):
-        for k in (1, 8, 64):
+        for k in (1,) if dtype == FP16 else (1, 8, 64):
             yield case(f"ViT-B/16 fc1 [3072, 768] {_short(dtype)}", tensor(3072, 768, dtype=dtype), k)
     for k in (1, 8, 64):
         yield case("ViT-B/16 fc2 [768, 3072] bf16", tensor(768, 3072, dtype=BF16), k)
         yield case("ViT-H/14 fc2 [1280, 5120] fp32", tensor(1280, 5120), k)
-        yield case("GPT-2 Conv1D [3072, 768] transposed fp32", tensor(768, 3072).t(), k, wide=False)
         yield case("unaligned [3001, 771] bf16", tensor(3001, 771, dtype=BF16), k, wide=False)
-        yield case("unaligned [771, 5001] fp32", tensor(771, 5001), k, wide=False)
+    yield case("GPT-2 Conv1D [3072, 768] transposed fp32", tensor(768, 3072).t(), 1, wide=False)
+    yield case("GPT-2 Conv1D [3072, 768] transposed fp32", tensor(768, 3072).t(), 64, wide=False)
+    yield case("unaligned [771, 3001] fp32", tensor(771, 3001), 64, wide=False)
     yield case("3x3 of 1024 channels [1024, 9216] bf16", tensor(1024, 9216, dtype=BF16), 64)
     yield case("3x3 of 1024 channels [1024, 9216] fp32", tensor(1024, 9216), 64)
     yield case("unaligned [1021, 9001] bf16", tensor(1021, 9001, dtype=BF16), 64, wide=False)
