@@ -1,0 +1,317 @@
+"""What only the native backend promises: the same bits whatever the threads and the instruction set, exact thresholds
+whatever the distribution, offsets beyond 2^31, one OpenMP runtime."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fps_kernels.ops import native, reference
+
+INF = float("inf")
+
+
+@pytest.fixture(params=native.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with native.use_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=120, check=False
+    )
+
+
+def random_selection(rows: int, cols: int, density: float) -> tuple[Tensor, Tensor]:
+    mask = torch.rand(rows, cols) < density
+    row_offsets = torch.zeros(rows + 1, dtype=torch.int32)
+    row_offsets[1:] = mask.sum(1).cumsum(0)
+    return row_offsets, mask.nonzero()[:, 1].int()
+
+
+# ------------------------------------------------------------------------------------------------ same bits
+
+
+def column_norm(dtype: torch.dtype, ord: float, transposed: bool = False) -> Callable[[], list[Tensor]]:
+    x = torch.randn(1500, 333).to(dtype)
+    x = x.t().contiguous().t() if transposed else x
+
+    def run() -> list[Tensor]:
+        acc = torch.zeros(333, dtype=torch.float64)
+        native.column_norm_(x, acc, ord)
+        return [acc]
+
+    return run
+
+
+def column_norm_conv2d(channels_last: bool, stride: int) -> Callable[[], list[Tensor]]:
+    x = torch.randn(9, 24, 30, 31)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+    def run() -> list[Tensor]:
+        acc = torch.zeros(2, 12 * 15, dtype=torch.float64)
+        native.column_norm_conv2d_(x, acc, [3, 5], [stride, 1], [1, 0, 2, 2], [1, 2], 2, 1.0)
+        return [acc]
+
+    return run
+
+
+def topk(k: int) -> Callable[[], list[Tensor]]:
+    W, a = torch.randn(300, 500), torch.rand(1, 500)
+    return lambda: [native.score_topk(W, a, k)]
+
+
+def threshold(dtype: torch.dtype) -> Callable[[], list[Tensor]]:
+    weights = [torch.randn(shape).to(dtype) for shape in ((900, 1000), (0, 7), (333, 3001))]
+    factors = [torch.rand(1, W.shape[1]) for W in weights]
+
+    def run() -> list[Tensor]:
+        kth, greater, equal = native.score_kth(weights, factors, 20_000)
+        chosen = [kth, greater, equal]
+        for W, a, above, same in zip(weights, factors, greater.tolist(), equal.tolist(), strict=True):
+            if W.numel():
+                chosen += native.score_select(W, a, kth, same // 2, above + same // 2)
+        return chosen
+
+    return run
+
+
+def update(weight_dtype: torch.dtype, grad_dtype: torch.dtype) -> Callable[[], list[Tensor]]:
+    W, grad = torch.randn(400, 500).to(weight_dtype), torch.randn(400, 500).to(grad_dtype)
+    row_offsets, columns = random_selection(400, 500, 0.1)
+    state = [torch.rand(columns.numel()) for _ in range(3)]
+    lrs = torch.tensor([1e-2], dtype=torch.float64)
+
+    def run() -> list[Tensor]:
+        tuned, (master, exp_avg, exp_avg_sq), step = W.clone(), [s.clone() for s in state], torch.tensor(3.0)
+        lists = ([tuned], [grad], [row_offsets], [columns], [master], [exp_avg], [exp_avg_sq], [step])
+        native.masked_adamw_(*lists, lrs, [0.1], 0.9, 0.999, 1e-8, False, torch.tensor(2.0), torch.tensor(0.0))
+        native.scatter_values_(tuned, row_offsets, columns, master)
+        return [tuned, master, exp_avg, exp_avg_sq, step]
+
+    return run
+
+
+CASES: dict[str, Callable[[], Callable[[], list[Tensor]]]] = {
+    "column_norm": lambda: column_norm(torch.float32, 1.0),
+    "column_norm square": lambda: column_norm(torch.float16, 2.0),
+    "column_norm max": lambda: column_norm(torch.bfloat16, INF),
+    "column_norm transposed": lambda: column_norm(torch.float32, 1.0, transposed=True),
+    "conv2d": lambda: column_norm_conv2d(False, 1),
+    "conv2d stride": lambda: column_norm_conv2d(False, 3),
+    "conv2d channels-last": lambda: column_norm_conv2d(True, 1),
+    "topk 1": lambda: topk(1),
+    "topk 9": lambda: topk(9),
+    "topk 100": lambda: topk(100),
+    "threshold": lambda: threshold(torch.float32),
+    "threshold ties": lambda: threshold(torch.bfloat16),
+    "adamw": lambda: update(torch.float32, torch.float32),
+    "adamw 16 bit": lambda: update(torch.bfloat16, torch.float16),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bits_depend_on_neither_threads_nor_instruction_set(case: str, restored_threads: None) -> None:
+    run = CASES[case]()
+    results = {}
+    for isa in native.supported_isas():
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with native.use_isa(isa):
+                results[isa, threads] = run()
+    first = results["base", 1]
+    for which, result in results.items():
+        for one, other in zip(first, result, strict=True):
+            assert torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8)), which
+
+
+# ------------------------------------------------------------------------------------------------ exact choices
+
+
+@pytest.mark.parametrize("k", [1, 2, 8, 9, 20, 32, 33, 64, 384, 767, 768])
+def test_topk_of_rows_as_wide_as_a_transformer(isa: str, k: int) -> None:
+    W, a = torch.randn(64, 768), torch.rand(2, 768)
+    W[5] = W[5].sort().values
+    W[6] = W[6].sort(descending=True).values
+    W[7] = 1.0
+    W[8] = torch.randint(-3, 4, (768,)).float()
+    W[9, ::3] = float("nan")
+    W[10] = 0.0
+    W[11] = torch.arange(768) % 64 == 3  # everything large falls into one group of columns
+    a[:, 100:200] = 1.0
+    assert torch.equal(native.score_topk(W, a, k), reference.score_topk(W, a, k))
+
+
+def distributions() -> dict[str, Callable[[], Tensor]]:
+    """Matrices of over 2^20 entries, for which score_kth samples, that defeat a sample in different ways."""
+    shape = (1200, 1024)
+
+    def one_block() -> Tensor:  # what is wanted hides between the runs that are sampled
+        W = torch.rand(shape)
+        W[600, :300] += 5.0
+        return W
+
+    def sparse() -> Tensor:
+        return torch.randn(shape) * (torch.rand(shape) < 0.005)
+
+    def with_nan() -> Tensor:
+        W = torch.randn(shape)
+        W[torch.rand(shape) < 0.02] = float("nan")
+        return W
+
+    return {
+        "normal": lambda: torch.randn(shape),
+        "all equal": lambda: torch.full(shape, 0.5),
+        "all zero": lambda: torch.zeros(shape),
+        "bimodal": lambda: torch.where(torch.rand(shape) < 0.01, 100.0, 1.0) * (1 + 1e-3 * torch.rand(shape)),
+        "few values": lambda: torch.randint(-3, 4, shape).float(),
+        "sparse": sparse,
+        "sorted": lambda: torch.randn(shape).flatten().sort().values.view(shape),
+        "one block": one_block,
+        "heavy rows": lambda: torch.randn(shape) * (torch.arange(shape[0]) % 100 == 0).float().mul(50).add(1)[:, None],
+        "all magnitudes": lambda: torch.pow(10.0, torch.rand(shape) * 76 - 45),
+        "denormal": lambda: torch.randn(shape) * 1e-41,
+        "NaN": with_nan,
+        "all NaN": lambda: torch.full(shape, float("nan")),
+    }
+
+
+@pytest.mark.parametrize("name", distributions())
+def test_kth_is_exact_whatever_the_distribution(name: str) -> None:
+    W = distributions()[name]()
+    weights, factors = [W, W[:0], W[:100] * 0.5], [torch.ones(1, W.shape[1])] * 3
+    transposed = [W.t().contiguous().t() for W in weights]
+    ranked = torch.cat([W.abs().flatten() for W in weights]).sort(descending=True).values  # NaN sorts first
+    for k in (1, 300, ranked.numel() // 100, ranked.numel() // 2, ranked.numel()):
+        expected = ranked[k - 1]
+        above = [int(((W.abs() > expected) | (W.isnan() & ~expected.isnan())).sum()) for W in weights]
+        same = [int((W.isnan() if expected.isnan() else W.abs() == expected).sum()) for W in weights]
+        for isa in native.supported_isas():
+            for layout in (weights, transposed):
+                with native.use_isa(isa):
+                    kth, greater, equal = native.score_kth(layout, factors, k)
+                torch.testing.assert_close(kth, expected, rtol=0, atol=0, equal_nan=True)
+                assert (greater.tolist(), equal.tolist()) == (above, same)
+
+
+def test_select_refuses_a_wrong_count(isa: str) -> None:
+    W, a = torch.randn(100, 300), torch.ones(1, 300)
+    for nnz in (0, 29_999, 30_000):
+        with pytest.raises(ValueError, match="nnz"):
+            native.score_select(W, a, torch.tensor(1.0), 0, nnz)
+
+
+# ------------------------------------------------------------------------------------------------ addresses
+
+
+def far_apart(rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """``[rows, cols]`` whose last row begins beyond element 2^31; the pages between are never touched."""
+    pitch = 2**31 // (rows - 1) + 64
+    return torch.empty((rows - 1) * pitch + cols, dtype=dtype).as_strided((rows, cols), (pitch, 1))
+
+
+def test_offsets_beyond_31_bits(isa: str) -> None:
+    near = torch.randn(3, 500).to(torch.bfloat16)
+    far = far_apart(3, 500)
+    far.copy_(near)
+    a = torch.rand(1, 500)
+
+    norms = [torch.zeros(500, dtype=torch.float64) for _ in range(2)]
+    native.column_norm_(far, norms[0], 1.0)
+    native.column_norm_(near, norms[1], 1.0)
+    assert torch.equal(*norms)
+
+    images = [x.as_strided((3, 5, 10, 10), (x.stride(0), 100, 10, 1)) for x in (far, near)]
+    norms = [torch.zeros(1, 45, dtype=torch.float64) for _ in range(2)]
+    for x, acc in zip(images, norms, strict=True):
+        native.column_norm_conv2d_(x, acc, [3, 3], [1, 1], [1, 1, 1, 1], [1, 1], 1, 1.0)
+    assert torch.equal(*norms)
+
+    assert torch.equal(native.score_topk(far, a, 5), native.score_topk(near, a, 5))
+    for found, expected in zip(native.score_kth([far], [a], 99), native.score_kth([near], [a], 99), strict=True):
+        assert torch.equal(found, expected)
+    kth, greater, equal = native.score_kth([far], [a], 99)
+    chosen = native.score_select(far, a, kth, int(equal), int(greater + equal))
+    for found, expected in zip(chosen, reference.score_select(near, a, kth, int(equal), int(greater + equal)), strict=True):
+        assert torch.equal(found, expected)
+
+    row_offsets, columns = chosen
+    nnz = columns.numel()
+    tuned = []
+    for W in (far, near):
+        lists = ([W], [W], [row_offsets], [columns], *([torch.full((nnz,), x)] for x in (0.5, 0.0, 0.0)), [torch.zeros(())])
+        native.masked_adamw_(*lists, torch.ones(1, dtype=torch.float64), [0.0], 0.9, 0.999, 1e-8, False, None, None)
+        tuned.append(W.clone())
+        native.scatter_values_(W, row_offsets, columns, torch.arange(nnz).float())
+        tuned.append(W.clone())
+    assert torch.equal(tuned[0], tuned[2])
+    assert torch.equal(tuned[1], tuned[3])
+    assert not torch.equal(tuned[0], tuned[1])
+
+
+@pytest.mark.parametrize("strides", [(0, 1), (1, 0), (0, 0)], ids=str)
+def test_expanded_inputs(isa: str, strides: tuple[int, int]) -> None:
+    W, a = torch.randn(600).as_strided((40, 500), strides), torch.rand(1, 500)
+    acc, expected = torch.zeros(500, dtype=torch.float64), torch.zeros(500, dtype=torch.float64)
+    native.column_norm_(W, acc, 1.0)
+    reference.column_norm_(W, expected, 1.0)
+    torch.testing.assert_close(acc, expected, rtol=1e-5, atol=0)
+    assert torch.equal(native.score_topk(W, a, 7), reference.score_topk(W, a, 7))
+    for found, wanted in zip(native.score_kth([W], [a], 99), reference.score_kth([W], [a], 99), strict=True):
+        assert torch.equal(found, wanted)
+
+
+# ------------------------------------------------------------------------------------------------ the library
+
+
+@pytest.mark.parametrize("name", native.ISAS)
+def test_environment_caps_the_instruction_set(name: str) -> None:
+    code = "from fps_kernels.ops import native; print(native.isa())"
+    result = run_python(code, FPS_CPU_ISA=name)
+    best = native.supported_isas()[-1]
+    assert result.stdout.strip() == min(name, best, key=native.ISAS.index), result.stderr
+
+
+def test_environment_with_an_unknown_instruction_set_is_refused() -> None:
+    code = (
+        "import torch; from fps_kernels import ops\n"
+        "try: ops.score_topk(torch.ones(2, 3), torch.ones(3), 1)\n"
+        "except ValueError as error: print(error)"
+    )
+    result = run_python(code, FPS_CPU_ISA="sse9")
+    assert "FPS_CPU_ISA must be one of base, avx2, avx512, got 'sse9'" in result.stdout, result.stderr
+
+
+def test_use_isa_refuses_what_the_processor_lacks_and_restores() -> None:
+    before = native.isa()
+    with pytest.raises(ValueError, match="use_isa"), native.use_isa("sse9"):
+        pass
+    with native.use_isa("base"):
+        assert native.isa() == "base"
+    assert native.isa() == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the memory map of Linux")
+def test_torch_and_the_library_share_one_openmp() -> None:
+    code = (
+        "import torch\n"
+        "from fps_kernels import ops\n"
+        "ops.column_norm_(torch.ones(4096, 512), torch.zeros(512, dtype=torch.float64), 1.0)\n"
+        "maps = open('/proc/self/maps').read().split()\n"
+        "print(len({path for path in maps if 'libgomp' in path or 'libomp' in path or 'libiomp' in path}))"
+    )
+    result = run_python(code)
+    assert result.stdout.strip() in ("0", "1"), result.stdout + result.stderr
