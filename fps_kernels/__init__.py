@@ -8,6 +8,7 @@ from fps_kernels import gps, memory
 from fps_kernels.budgets import Global, PerNeuron, PerTensor
 from fps_kernels.calibration import ActivationStats, calibrate
 from fps_kernels.choosing import select
+from fps_kernels.functional import column_norm, score_topk
 from fps_kernels.gps import gps_select
 from fps_kernels.ops import BackendUnavailableError, backend_for, use_backend
 from fps_kernels.optim import MaskedAdamW, masked_parameters
@@ -32,10 +33,12 @@ __all__ = [
     "WeightSelection",
     "backend_for",
     "calibrate",
+    "column_norm",
     "gps",
     "gps_select",
     "masked_parameters",
     "memory",
+    "score_topk",
     "select",
     "use_backend",
 ]

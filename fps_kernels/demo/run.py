@@ -174,10 +174,13 @@ def _print_choice(console: Console, selection: Selection) -> None:
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in selection.summary():
         deep = len(selection) > ROWS_SHOWN_ONE_BY_ONE
-        rows.setdefault(re.sub(r"\.\d+\.", ".*.", row["name"]) if deep else row["name"], []).append(row)
+        rows.setdefault(
+            re.sub(r"\.\d+\.", ".*.", row["name"].removesuffix(".weight")) if deep else row["name"].removesuffix(".weight"),
+            [],
+        ).append(row)
     table = Table(title="What FPS chose", title_justify="left")
     table.add_column("weight")
-    for heading in ("shape", "chosen", "density", "distinct columns"):
+    for heading in ("layers", "shape", "chosen", "density", "columns used"):
         table.add_column(heading, justify="right")
     for name, members in rows.items():
         shapes = {"×".join(map(str, m["shape"])) for m in members}
@@ -186,7 +189,8 @@ def _print_choice(console: Console, selection: Selection) -> None:
         count = sum(m["chosen"] for m in members)
         entries = sum(m["chosen"] / m["density"] for m in members)
         table.add_row(
-            name if len(members) == 1 else f"{name}  ({len(members)})",
+            name,
+            str(len(members)),
             shapes.pop() if len(shapes) == 1 else "various",
             f"{count:,}",
             f"{count / entries:.2%}",

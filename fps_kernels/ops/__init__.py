@@ -12,6 +12,19 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from fps_kernels.ops._checks import (
+    FLOAT_DTYPES,
+    MAX_NNZ,
+    ORDS,
+    check_column_norm,
+    check_device,
+    check_dtype,
+    check_float,
+    check_selection,
+    check_shape,
+    factor_matrix,
+    row_views,
+)
 from fps_kernels.ops._dispatch import (
     BackendUnavailableError,
     backend_for,
@@ -22,6 +35,7 @@ from fps_kernels.ops._dispatch import (
 
 __all__ = [
     "FLOAT_DTYPES",
+    "ORDS",
     "BackendUnavailableError",
     "backend_for",
     "column_norm_",
@@ -34,50 +48,6 @@ __all__ = [
     "score_topk",
     "use_backend",
 ]
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ORDS = (1.0, 2.0, float("inf"))
-MAX_NNZ = 2**31 - 1
-
-
-def _check_float(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
-
-
-def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-
-
-def _check_ord(ord: float) -> None:
-    if ord not in ORDS:
-        raise ValueError(f"ord must be 1, 2 or inf, got {ord}")
-
-
-def row_views(x: Tensor) -> list[Tensor]:
-    """``x`` ``[..., C]`` as 2-D views ``[M, C]`` that share its memory: one view wherever its strides allow it."""
-    if x.dim() == 2:
-        return [x]
-    if x.dim() == 1:
-        return [x.unsqueeze(0)]
-    if x.numel() == 0:
-        return []
-    try:
-        return [x.view(-1, x.shape[-1])]
-    except RuntimeError:  # the leading dimensions do not merge: go through the one that has the fewest slices
-        return [view for part in x.unbind(0) for view in row_views(part)]
-
 
 # --------------------------------------------------------------------------------------------------------- norms
 
@@ -99,23 +69,12 @@ def column_norm_(x: Tensor, acc: Tensor, ord: float) -> None:
         TypeError: wrong dtype.
         ValueError: wrong shape, device or ``ord``.
     """
-    _check_column_norm(x, acc, ord)
-    _check_shape("acc", acc, (x.shape[-1],))
+    check_column_norm(x, acc, ord)
+    check_shape("acc", acc, (x.shape[-1],))
     run = implementation("column_norm_", x.device).column_norm_
     for rows in row_views(x):
         if rows.numel():
             run(rows, acc, ord)
-
-
-def _check_column_norm(x: Tensor, acc: Tensor, ord: float) -> None:
-    _check_float("x", x)
-    _check_dtype("acc", acc, torch.float64)
-    _check_device("acc", acc, x.device)
-    _check_ord(ord)
-    if x.dim() < 1:
-        raise ValueError("x must have at least one dimension, got a scalar")
-    if not acc.is_contiguous():
-        raise ValueError("acc must be contiguous")
 
 
 @column_norm_.register_fake
@@ -153,7 +112,7 @@ def column_norm_conv2d_(
         TypeError: wrong dtype.
         ValueError: wrong shape, device or number, or a kernel larger than the padded image.
     """
-    _check_column_norm(x, acc, ord)
+    check_column_norm(x, acc, ord)
     if x.dim() != 4:
         raise ValueError(f"x must be [B, C_in, H, W], got shape {list(x.shape)}")
     for name, value, length in (
@@ -167,7 +126,7 @@ def column_norm_conv2d_(
             raise ValueError(f"{name} must be {length} integers of at least {least}, got {list(value)}")
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups}")
-    _check_shape("acc", acc, (groups, x.shape[1] // groups * kernel_size[0] * kernel_size[1]))
+    check_shape("acc", acc, (groups, x.shape[1] // groups * kernel_size[0] * kernel_size[1]))
     for size, before, after, kernel, spread in (
         (x.shape[2], padding[0], padding[1], kernel_size[0], dilation[0]),
         (x.shape[3], padding[2], padding[3], kernel_size[1], dilation[1]),
@@ -197,21 +156,6 @@ def _(
 # --------------------------------------------------------------------------------------------------------- scores
 
 
-def _factor_matrix(W: Tensor, a: Tensor, where: str = "") -> Tensor:
-    """``a`` as a contiguous ``[G, C]``, after every check of a weight and its column factors."""
-    _check_float(f"W{where}", W)
-    _check_dtype(f"a{where}", a, torch.float32)
-    _check_device(f"a{where}", a, W.device)
-    if W.dim() != 2:
-        raise ValueError(f"W{where} must be [O, C], got shape {list(W.shape)}")
-    matrix = a.unsqueeze(0) if a.dim() == 1 else a
-    if matrix.dim() != 2 or matrix.shape[1] != W.shape[1]:
-        raise ValueError(f"a{where} must be [{W.shape[1]}] or [G, {W.shape[1]}], got shape {list(a.shape)}")
-    if matrix.shape[0] < 1 or W.shape[0] % matrix.shape[0]:
-        raise ValueError(f"a{where} has {matrix.shape[0]} groups, which do not divide the {W.shape[0]} rows of W{where}")
-    return matrix.contiguous()
-
-
 @custom_op("fps_kernels::score_topk", mutates_args=())
 def score_topk(W: Tensor, a: Tensor, k: int) -> Tensor:
     """The ``k`` largest scores ``|fl32(w_ij * a_j)|`` of every row, without a score matrix.
@@ -231,7 +175,7 @@ def score_topk(W: Tensor, a: Tensor, k: int) -> Tensor:
         TypeError: wrong dtype.
         ValueError: wrong shape, device or ``k``.
     """
-    a = _factor_matrix(W, a)
+    a = factor_matrix(W, a)
     if not 1 <= k <= W.shape[1]:
         raise ValueError(f"k must be between 1 and the {W.shape[1]} columns of W, got {k}")
     if W.shape[0] == 0:
@@ -266,8 +210,8 @@ def score_kth(weights: Sequence[Tensor], factors: Sequence[Tensor], k: int) -> t
         raise ValueError(f"factors must have one tensor per weight, got {len(factors)} for {len(weights)} weights")
     matrices = []
     for i, (W, a) in enumerate(zip(weights, factors, strict=True)):
-        _check_device(f"weights[{i}]", W, weights[0].device)
-        matrices.append(_factor_matrix(W, a, f"[{i}]"))
+        check_device(f"weights[{i}]", W, weights[0].device)
+        matrices.append(factor_matrix(W, a, f"[{i}]"))
     total = sum(W.numel() for W in weights)
     if not 1 <= k <= total:
         raise ValueError(f"k must be between 1 and the {total} entries of all weights, got {k}")
@@ -302,10 +246,10 @@ def score_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) -
         ValueError: wrong shape or device, ``nnz`` over 2**31 - 1, or an ``nnz`` that is not what is chosen
             (not checked on a GPU, where that would wait for the device).
     """
-    a = _factor_matrix(W, a)
-    _check_dtype("threshold", threshold, torch.float32)
-    _check_device("threshold", threshold, W.device)
-    _check_shape("threshold", threshold, ())
+    a = factor_matrix(W, a)
+    check_dtype("threshold", threshold, torch.float32)
+    check_device("threshold", threshold, W.device)
+    check_shape("threshold", threshold, ())
     if not 0 <= ties <= nnz <= min(W.numel(), MAX_NNZ):
         raise ValueError(
             f"ties and nnz must satisfy 0 <= ties <= nnz <= {min(W.numel(), MAX_NNZ)}, got ties={ties}, nnz={nnz}"
@@ -325,18 +269,6 @@ def _(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) -> tuple[Ten
 # --------------------------------------------------------------------------------------------------------- updates
 
 
-def _check_selection(W: Tensor, row_offsets: Tensor, columns: Tensor, where: str = "") -> None:
-    _check_float(f"W{where}", W)
-    if W.dim() != 2:
-        raise ValueError(f"W{where} must be [O, C], got shape {list(W.shape)}")
-    for name, tensor in ((f"row_offsets{where}", row_offsets), (f"columns{where}", columns)):
-        _check_dtype(name, tensor, torch.int32)
-        _check_device(name, tensor, W.device)
-        if tensor.dim() != 1 or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be one-dimensional and contiguous, got shape {list(tensor.shape)}")
-    _check_shape(f"row_offsets{where}", row_offsets, (W.shape[0] + 1,))
-
-
 @custom_op("fps_kernels::scatter_values_", mutates_args=("W",))
 def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor) -> None:
     """``W[selection] = values``, rounded to the dtype of ``W``; nothing else in ``W`` is touched.
@@ -351,10 +283,10 @@ def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Ten
         TypeError: wrong dtype.
         ValueError: wrong shape, device or layout.
     """
-    _check_selection(W, row_offsets, columns)
-    _check_float("values", values)
-    _check_device("values", values, W.device)
-    _check_shape("values", values, (columns.numel(),))
+    check_selection(W, row_offsets, columns)
+    check_float("values", values)
+    check_device("values", values, W.device)
+    check_shape("values", values, (columns.numel(),))
     if columns.numel():
         implementation("scatter_values_", W.device).scatter_values_(W, row_offsets, columns, values.contiguous())
 
@@ -429,34 +361,34 @@ def masked_adamw_(
     if not weights:
         return
     device = weights[0].device
-    _check_dtype("lrs", lrs, torch.float64)
-    _check_device("lrs", lrs, device)
-    _check_shape("lrs", lrs, (len(weights),))
+    check_dtype("lrs", lrs, torch.float64)
+    check_device("lrs", lrs, device)
+    check_shape("lrs", lrs, (len(weights),))
     for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         if scalar is not None:
-            _check_dtype(name, scalar, torch.float32)
-            _check_device(name, scalar, device)
+            check_dtype(name, scalar, torch.float32)
+            check_device(name, scalar, device)
             if scalar.numel() != 1:
                 raise ValueError(f"{name} must hold one number, got shape {list(scalar.shape)}")
     for i, W in enumerate(weights):
-        _check_device(f"weights[{i}]", W, device)
-        _check_selection(W, row_offsets[i], columns[i], f"[{i}]")
+        check_device(f"weights[{i}]", W, device)
+        check_selection(W, row_offsets[i], columns[i], f"[{i}]")
         nnz = columns[i].numel()
-        _check_float(f"grads[{i}]", grads[i])
-        _check_device(f"grads[{i}]", grads[i], device)
-        _check_shape(f"grads[{i}]", grads[i], (nnz,) if grads[i].dim() == 1 else tuple(W.shape))
+        check_float(f"grads[{i}]", grads[i])
+        check_device(f"grads[{i}]", grads[i], device)
+        check_shape(f"grads[{i}]", grads[i], (nnz,) if grads[i].dim() == 1 else tuple(W.shape))
         if masters[i].numel() or W.dtype != torch.float32:
-            _check_shape(f"masters[{i}]", masters[i], (nnz,))
+            check_shape(f"masters[{i}]", masters[i], (nnz,))
         for name, state in (("masters", masters[i]), ("exp_avgs", exp_avgs[i]), ("exp_avg_sqs", exp_avg_sqs[i])):
-            _check_dtype(f"{name}[{i}]", state, torch.float32)
-            _check_device(f"{name}[{i}]", state, device)
+            check_dtype(f"{name}[{i}]", state, torch.float32)
+            check_device(f"{name}[{i}]", state, device)
             if not state.is_contiguous():
                 raise ValueError(f"{name}[{i}] must be contiguous")
-        _check_shape(f"exp_avgs[{i}]", exp_avgs[i], (nnz,))
-        _check_shape(f"exp_avg_sqs[{i}]", exp_avg_sqs[i], (nnz,))
-        _check_dtype(f"steps[{i}]", steps[i], torch.float32)
-        _check_device(f"steps[{i}]", steps[i], device)
-        _check_shape(f"steps[{i}]", steps[i], ())
+        check_shape(f"exp_avgs[{i}]", exp_avgs[i], (nnz,))
+        check_shape(f"exp_avg_sqs[{i}]", exp_avg_sqs[i], (nnz,))
+        check_dtype(f"steps[{i}]", steps[i], torch.float32)
+        check_device(f"steps[{i}]", steps[i], device)
+        check_shape(f"steps[{i}]", steps[i], ())
     implementation("masked_adamw_", device).masked_adamw_(
         list(weights),
         [g.contiguous() if g.dim() == 1 else g for g in grads],

@@ -1,0 +1,86 @@
+"""What the ops refuse: dtypes, shapes, devices and numbers, checked once for every backend."""
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ORDS = (1.0, 2.0, float("inf"))
+MAX_NNZ = 2**31 - 1
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def check_ord(ord: float) -> None:
+    if ord not in ORDS:
+        raise ValueError(f"ord must be 1, 2 or inf, got {ord}")
+
+
+def row_views(x: Tensor) -> list[Tensor]:
+    """``x`` ``[..., C]`` as 2-D views ``[M, C]`` that share its memory: one view wherever its strides allow it."""
+    if x.dim() == 2:
+        return [x]
+    if x.dim() == 1:
+        return [x.unsqueeze(0)]
+    if x.numel() == 0:
+        return []
+    try:
+        return [x.view(-1, x.shape[-1])]
+    except RuntimeError:  # the leading dimensions do not merge: go through the one that has the fewest slices
+        fewest = min(range(x.dim() - 1), key=x.size)
+        return [view for part in x.unbind(fewest) for view in row_views(part)]
+
+
+def check_column_norm(x: Tensor, acc: Tensor, ord: float) -> None:
+    check_float("x", x)
+    check_dtype("acc", acc, torch.float64)
+    check_device("acc", acc, x.device)
+    check_ord(ord)
+    if x.dim() < 1:
+        raise ValueError("x must have at least one dimension, got a scalar")
+    if not acc.is_contiguous():
+        raise ValueError("acc must be contiguous")
+
+
+def factor_matrix(W: Tensor, a: Tensor, where: str = "") -> Tensor:
+    """``a`` as a contiguous ``[G, C]``, after every check of a weight and its column factors."""
+    check_float(f"W{where}", W)
+    check_dtype(f"a{where}", a, torch.float32)
+    check_device(f"a{where}", a, W.device)
+    if W.dim() != 2:
+        raise ValueError(f"W{where} must be [O, C], got shape {list(W.shape)}")
+    matrix = a.unsqueeze(0) if a.dim() == 1 else a
+    if matrix.dim() != 2 or matrix.shape[1] != W.shape[1]:
+        raise ValueError(f"a{where} must be [{W.shape[1]}] or [G, {W.shape[1]}], got shape {list(a.shape)}")
+    if matrix.shape[0] < 1 or W.shape[0] % matrix.shape[0]:
+        raise ValueError(f"a{where} has {matrix.shape[0]} groups, which do not divide the {W.shape[0]} rows of W{where}")
+    return matrix.contiguous()
+
+
+def check_selection(W: Tensor, row_offsets: Tensor, columns: Tensor, where: str = "") -> None:
+    check_float(f"W{where}", W)
+    if W.dim() != 2:
+        raise ValueError(f"W{where} must be [O, C], got shape {list(W.shape)}")
+    for name, tensor in ((f"row_offsets{where}", row_offsets), (f"columns{where}", columns)):
+        check_dtype(name, tensor, torch.int32)
+        check_device(name, tensor, W.device)
+        if tensor.dim() != 1 or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be one-dimensional and contiguous, got shape {list(tensor.shape)}")
+    check_shape(f"row_offsets{where}", row_offsets, (W.shape[0] + 1,))
