@@ -39,7 +39,7 @@ template <int ORDER, class T> int column_norm_of(const fps::Matrix& x, double* a
     int failed = !partials;
     if (failed) return fps::OUT_OF_MEMORY;
 
-#pragma omp parallel if (threads > 1 && chunks * panels > 1)
+#pragma omp parallel if (threads > 1 && chunks * panels > 1 && x.rows * x.cols > 2 * WORTH_THREADS)
     {
         Scratch<T> tile(tile_size(least(x.cols, PANEL), x.col_stride));
         if (!tile) {
@@ -47,7 +47,7 @@ template <int ORDER, class T> int column_norm_of(const fps::Matrix& x, double* a
             failed = 1;
         }
         float sums[PANEL];
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < chunks * panels; ++item) {
             const int64_t chunk = item / panels, first = item % panels * PANEL, cols = least(PANEL, x.cols - first);
             double* into = acc + first;

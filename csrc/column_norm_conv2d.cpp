@@ -189,7 +189,7 @@ template <int ORDER, class T> int column_norm_conv2d_of(const Images& x, const C
     if (chunks > 1) memset(partials.data, 0, (size_t)(chunks * columns) * sizeof(double));
     int failed = 0;
 
-#pragma omp parallel if (threads > 1 && chunks * panels > 1 && pixels > (1 << 16))
+#pragma omp parallel if (threads > 1 && chunks * panels > 1 && pixels > 2 * WORTH_THREADS)
     {
         Scratch<float> sums(classes.n * size + LANES); // the last vector of a run reaches beyond it
         Scratch<double> carried(classes.n * size);

@@ -4,6 +4,10 @@
 // wrong comes back as a `Status`.
 #include "kernels.h"
 
+#ifdef FPS_X86
+#include <cpuid.h>
+#endif
+
 #define FPS_API extern "C" __attribute__((visibility("default")))
 
 namespace {
@@ -24,11 +28,20 @@ const Kernels TABLES[] = {FPS_TABLE(base), FPS_TABLE(avx2), FPS_TABLE(avx512)};
 const Kernels TABLES[] = {FPS_TABLE(base)};
 #endif
 
+#ifdef FPS_X86
+// F16C and LZCNT, which not every compiler knows by name in __builtin_cpu_supports. Virtual machines may hide them.
+bool has_f16c_and_lzcnt() {
+    unsigned a, b, c, d;
+    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+    return f16c && __get_cpuid(0x80000001, &a, &b, &c, &d) && (c >> 5 & 1);
+}
+#endif
+
 int best_isa() {
 #ifdef FPS_X86
     __builtin_cpu_init(); // also asks, through xgetbv, whether the operating system saves the wide registers
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-                      __builtin_cpu_supports("fma"); // every processor with AVX2 and FMA has F16C, LZCNT and POPCNT
+                      __builtin_cpu_supports("popcnt") && has_f16c_and_lzcnt();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     return avx2 ? (avx512 ? 2 : 1) : 0;

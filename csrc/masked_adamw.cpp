@@ -152,7 +152,7 @@ int fps::FPS_ISA::scatter_values(const Update& u, const void* values, int64_t va
     return with_dtype(u.weight_dtype, [&](auto weight) {
         return with_dtype(values_dtype, [&](auto value) {
             typedef decltype(value) TV;
-#pragma omp parallel for schedule(dynamic) if (threads > 1 && chunks > 1)
+#pragma omp parallel for schedule(dynamic) if (threads > 1 && chunks > 2)
             for (int64_t c = 0; c < chunks; ++c)
                 scatter_chunk<decltype(weight)>(u, (const TV*)values, c * CHUNK, least((c + 1) * CHUNK, u.nnz));
             return (int)OK;
@@ -173,7 +173,7 @@ int fps::FPS_ISA::masked_adamw(const Update* updates, int64_t n, const AdamW& ho
         scalars.data[t] = scalars_of(how, t, *updates[t].step);
         for (int64_t begin = 0; begin < updates[t].nnz; begin += CHUNK) *to++ = {t, begin};
     }
-#pragma omp parallel for schedule(dynamic) if (threads > 1 && n_chunks > 1)
+#pragma omp parallel for schedule(dynamic) if (threads > 1 && n_chunks > 2)
     for (int64_t c = 0; c < n_chunks; ++c) {
         const Update& u = updates[chunks.data[c].tensor];
         const Scalars& s = scalars.data[chunks.data[c].tensor];

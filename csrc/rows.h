@@ -25,6 +25,9 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t magnitude(int64_t a) { return a < 0 ? -a : a; }
 
+// Below this many elements a kernel runs some ten microseconds, and waking other threads may take as long.
+constexpr int64_t WORTH_THREADS = 1 << 17;
+
 // n rounded up to whole vectors.
 inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 

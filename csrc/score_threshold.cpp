@@ -316,7 +316,7 @@ int score_select_of(const Matrix& w, int32_t threshold_key, int64_t ties, int64_
     Scratch<Block> blocks(n_blocks);
     if (!blocks) return fps::OUT_OF_MEMORY;
     int failed = 0, wrong = 0;
-#pragma omp parallel if (threads > 1 && w.rows * w.cols > (1 << 15))
+#pragma omp parallel if (threads > 1 && w.rows * w.cols > WORTH_THREADS)
     {
         Scratch<T> tile(tile_size(w.cols, w.col_stride));
         Scratch<int32_t> found(w.cols + LANES);
@@ -325,7 +325,7 @@ int score_select_of(const Matrix& w, int32_t threshold_key, int64_t ties, int64_
 #pragma omp atomic write
             failed = 1;
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t b = 0; b < n_blocks; ++b) {
             if (!ready) continue;
             int64_t greater = 0, equal = 0;
@@ -351,7 +351,7 @@ int score_select_of(const Matrix& w, int32_t threshold_key, int64_t ties, int64_
             wrong = failed || at != nnz;
             row_offsets[0] = 0;
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t b = 0; b < n_blocks; ++b) {
             if (wrong) continue;
             const Block& block = blocks.data[b];
@@ -360,7 +360,7 @@ int score_select_of(const Matrix& w, int32_t threshold_key, int64_t ties, int64_
             choose(w, b * block_rows, least((b + 1) * block_rows, w.rows), threshold, block.ties, tile.data, found.data,
                    [&](int64_t i, const int32_t* from, int64_t n) {
                        n = least(n, end - at);
-                       memcpy(columns + at, from, (size_t)n * sizeof(int32_t));
+                       if (n > 0) memcpy(columns + at, from, (size_t)n * sizeof(int32_t));
                        at += n;
                        row_offsets[i + 1] = (int32_t)at;
                    });

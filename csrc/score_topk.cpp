@@ -121,7 +121,7 @@ template <class T> int score_topk_of(const fps::Matrix& w, int64_t k, int32_t* c
     const int64_t chunk_rows = most(TILE_ROWS, least(1024, (1 << 16) / w.cols));
     const int64_t chunks = ceil_div(w.rows, chunk_rows);
     int failed = 0;
-#pragma omp parallel if (threads > 1 && w.rows * w.cols > (1 << 15))
+#pragma omp parallel if (threads > 1 && w.rows * w.cols > WORTH_THREADS)
     {
         Scratch<T> tile(tile_size(w.cols, w.col_stride));
         Scratch<int32_t> memory(row_scratch(w.cols));

@@ -58,7 +58,7 @@ def column_norm(dtype: torch.dtype, ord: float, transposed: bool = False) -> Cal
 
 
 def column_norm_conv2d(channels_last: bool, stride: int) -> Callable[[], list[Tensor]]:
-    x = torch.randn(9, 24, 30, 31)
+    x = torch.randn(17, 24, 30, 31)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
     def run() -> list[Tensor]:
