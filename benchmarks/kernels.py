@@ -289,7 +289,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds and two blocks of ViT-B instead of twelve")
     parser.add_argument("--only", help="measure only the groups whose name contains this")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the JSON goes")
+    parser.add_argument("--threads", type=int, help="torch.set_num_threads for both sides; by default torch's own choice")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
 
     torch.manual_seed(0)
     report = Report(rounds=5 if options.quick else 15)

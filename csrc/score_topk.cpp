@@ -55,12 +55,16 @@ void emit(const RowScratch& row, int64_t cols, int64_t k, int32_t kth, int32_t* 
     memcpy(columns, row.found, (size_t)k * sizeof(int32_t));
 }
 
-// The columns whose key is at least `bound`, ascending.
-inline int64_t reach(const RowScratch& row, int64_t cols, int32_t bound) {
+// The columns whose key is at least `bound`, ascending. Memory would idle meanwhile: `next`, the weights of the next row, is
+// asked for in the second-level cache.
+template <class T> inline int64_t reach(const RowScratch& row, int64_t cols, int32_t bound, const T* next) {
     const I below = broadcast(bound - 1);
     I at = iota();
     int64_t n = 0;
-    for (int64_t j = 0; j < cols; j += LANES, at += LANES) n += compress(row.found + n, gt(load_ints(row.keys + j), below), at);
+    for (int64_t j = 0; j < cols; j += LANES, at += LANES) {
+        __builtin_prefetch(next + j, 0, 2);
+        n += compress(row.found + n, gt(load_ints(row.keys + j), below), at);
+    }
     return n;
 }
 
@@ -98,7 +102,7 @@ void topk_of_row(const T* w, const float* a, int64_t cols, int64_t k, const RowS
         columns[0] = (int32_t)(j + __builtin_ctz(eq(load_ints(row.keys + j), highest)));
     } else if (k <= SMALL_K) {
         const int32_t bound = kth_of_few<GROUPS>(maxima, GROUPS, k);
-        const int64_t n = reach(row, cols, bound < 0 ? 0 : bound); // 0 also leaves out the lanes beyond the row
+        const int64_t n = reach(row, cols, bound < 0 ? 0 : bound, w + cols); // 0 also leaves out the lanes beyond the row
         if (n == k) {
             memcpy(columns, row.found, (size_t)k * sizeof(int32_t));
         } else if (n <= 16) {
