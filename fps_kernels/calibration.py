@@ -87,34 +87,63 @@ class ActivationStats(Mapping[str, WeightStats]):
         """
         if self.ord != other.ord:
             raise ValueError(f"other has ord={other.ord}, expected ord={self.ord}")
-        if self.weights.keys() != other.weights.keys():
-            different = sorted(self.weights.keys() ^ other.weights.keys())
-            raise ValueError(f"other covers different weights, first {different[0]!r}: are both of the same model?")
-        merged = {}
-        for name, mine in self.weights.items():
-            theirs = other.weights[name]
+        if different := self._names() ^ other._names():
+            raise ValueError(f"other covers different weights, first {min(different)!r}: are both of the same model?")
+        merged = {**self.weights, **other.weights}
+        for name in self.weights.keys() & other.weights.keys():
+            mine, theirs = self.weights[name], other.weights[name]
             if mine.layout != theirs.layout:
-                raise ValueError(f"{name}: other has shape {theirs.layout.parameter_shape}, expected {mine.layout}")
+                raise ValueError(f"{name}: other has {theirs.layout}, expected {mine.layout}")
             blocks = math.lcm(len(mine.norm), len(theirs.norm))
             a, b = _with_blocks(mine, blocks), _with_blocks(theirs, blocks)
             norm = _combine(a.norm, b.norm.to(a.norm.device), self.ord)
             rows = tuple(m + t for m, t in zip(a.rows, b.rows, strict=True))
             merged[name] = WeightStats(mine.layout, norm, rows, mine.calls + theirs.calls)
-        return type(self)(self.ord, merged, dict(self.unused), dict(self.tied))
+        unused = {name: reason for name, reason in self.unused.items() if name not in merged}
+        return type(self)(self.ord, merged, unused, dict(self.tied))
+
+    def _names(self) -> set[str]:
+        return {*self.weights, *self.unused}
 
     def all_reduce(self, group: Any = None) -> None:
         """Merge the statistics of all processes of a ``torch.distributed`` group, in place, on each of them.
 
+        A weight that only some processes used, as an expert of a mixture, counts with what those saw.
+
         Args:
             group: the process group; the default one if ``None``.
+
+        Raises:
+            ValueError: on every process, if they differ in ``ord`` or in their weights.
         """
+        mine = {name: (stats.layout, len(stats.norm)) for name, stats in self.weights.items()}
+        everyone: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(everyone, (self.ord, self._names(), mine), group=group)
+        layouts: dict[str, MatrixLayout] = {}
+        blocks: dict[str, int] = {}
+        for rank, (ord, names, theirs) in enumerate(everyone):
+            if (ord, names) != everyone[0][:2]:
+                raise ValueError(f"process {rank} has statistics of another ord or model than process 0")
+            for name, (layout, count) in theirs.items():
+                if layouts.setdefault(name, layout) != layout:
+                    raise ValueError(f"{name}: process {rank} has {layout}, expected {layouts[name]}")
+                blocks[name] = math.lcm(blocks.get(name, 1), count)
+        device = next((stats.norm.device for stats in self.weights.values()), None)
         operation = torch.distributed.ReduceOp.MAX if self.ord == math.inf else torch.distributed.ReduceOp.SUM
-        for stats in self.weights.values():
-            torch.distributed.all_reduce(stats.norm, operation, group=group)
+        reduced = {}
+        for name, layout in layouts.items():
+            stats = self.weights.get(name)
+            if stats is None:
+                silent = torch.zeros(1, layout.shape[1], dtype=torch.float64, device=device)
+                stats = WeightStats(layout, silent, (0,), 0)
+            stats = _with_blocks(stats, blocks[name])
             counts = torch.tensor([*stats.rows, stats.calls], device=stats.norm.device)
+            torch.distributed.all_reduce(stats.norm, operation, group=group)
             torch.distributed.all_reduce(counts, group=group)
-            *rows, stats.calls = counts.tolist()
-            stats.rows = tuple(rows)
+            *rows, calls = counts.tolist()
+            reduced[name] = WeightStats(layout, stats.norm, tuple(rows), calls)
+        self.weights = reduced
+        self.unused = {name: reason for name, reason in self.unused.items() if name not in reduced}
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write to a safetensors file."""
@@ -185,6 +214,8 @@ class _Accumulator:
     def finish(self, ord: float) -> WeightStats | str:
         """The statistics, or why this weight has none."""
         O, C = self.layout.shape
+        if not any(rows for _, rows in self.ranges.values()):
+            return "all its inputs were empty"
         if set(self.ranges) == {(0, O)}:
             norm, rows = self.ranges[0, O]
             return WeightStats(self.layout, norm, (rows,) * len(norm), self.calls)

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fps_kernels import ops
 from fps_kernels.budgets import Budget, PerNeuron, ScoredWeight
 from fps_kernels.calibration import ActivationStats, calibrate
 from fps_kernels.forward_pass import Forward, check_has_values, matrix_parameters
-from fps_kernels.matrices import MatrixLayout, is_simulated
+from fps_kernels.matrices import MatrixLayout, is_simulated, unfit
 from fps_kernels.roles import Patterns, as_patterns, default_dense, matching
 from fps_kernels.scorers import FPS, ColumnScorer, Random, Scorer
 from fps_kernels.selection import Selection, WeightSelection
@@ -118,8 +117,9 @@ def eligible_weights(
         whole = tuple(matching(as_patterns(dense, "dense"), every, "dense", "parameters"))
         if clash := [n for n in whole if n in excluded]:
             raise ValueError(f"{clash[0]} matches both dense and exclude")
-    if bad := [n for n in whole if every[n].dtype not in ops.FLOAT_DTYPES]:
-        raise TypeError(f"{bad[0]} cannot be trained whole: its dtype is {every[bad[0]].dtype}")
+    for name in whole:
+        if reason := unfit(every[name]):
+            raise TypeError(f"{name} cannot be trained whole: {reason}")
     eligible, skipped = {}, {}
     for name, p in matrices.items():
         if name in whole:
@@ -128,10 +128,12 @@ def eligible_weights(
             skipped[name] = "excluded"
         elif name not in included:
             skipped[name] = "not included"
-        elif p.dtype not in ops.FLOAT_DTYPES:
+        elif reason := unfit(p):
             if include is not None:
-                raise TypeError(f"{name} cannot be tuned: its dtype is {p.dtype}, not float32, bfloat16 or float16")
-            skipped[name] = f"its dtype is {p.dtype}, not float32, bfloat16 or float16"
+                raise TypeError(f"{name} cannot be tuned: {reason}")
+            skipped[name] = reason
+        elif p.numel() == 0:
+            skipped[name] = "it has no entries"
         else:
             eligible[name] = p
     return eligible, whole, skipped

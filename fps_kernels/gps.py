@@ -13,20 +13,22 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from fps_kernels.budgets import Budget, PerNeuron, ScoredWeight
 from fps_kernels.calibration import tied_names
 from fps_kernels.choosing import best_entries, eligible_weights
 from fps_kernels.forward_pass import (
     ForwardPass,
+    batches_of,
     check_has_values,
     default_forward,
     evaluation_mode,
     explained,
     model_device,
+    scripted_parameters,
     split_batch,
     to_device,
+    uncompiled,
 )
 from fps_kernels.interception import WeightInterception, WeightUse
 from fps_kernels.matrices import MatrixLayout
@@ -150,19 +152,16 @@ def gps_select(
 
     watch = WeightInterception(eligible, note_layout)
     feed = forward or default_forward
-    batches = 0
-    with evaluation_mode(model), _only_gradients_of(model, eligible):
-        for batch in tqdm(data, desc="gps", unit="batch", disable=None if progress is None else not progress):
+    with evaluation_mode(model), _only_gradients_of(model, eligible), uncompiled():
+        for index, batch in enumerate(batches_of(data, "gps", progress)):
             inputs, target = _inputs_and_target(to_device(batch, model_device(model)))
-            with explained(batches, batch), watch if not layouts else torch.enable_grad():
+            with explained(index, batch), watch:
                 if loss == "contrastive":
                     _backward_contrastive(model, inputs, target, feed, views, temperature, micro_batch)
                 else:
                     function = F.cross_entropy if isinstance(loss, str) else loss
                     _backward_loss(model, inputs, target, feed, function, micro_batch)
-            batches += 1
-        if batches == 0:
-            raise ValueError("data gave no batch: it is empty, or an iterator that was used up before")
+        seen = ForwardPass(watch.other_uses, scripted_parameters(model))
         scored = []
         for name, p in eligible.items():
             if name in layouts and p.grad is not None:
@@ -170,7 +169,7 @@ def gps_select(
                 gradient = layouts[name].matrix(p.grad)
                 scored.append(ScoredWeight(name, layouts[name], gradient, gradient.new_ones(1, gradient.shape[1]).float()))
             else:
-                skipped[name] = ForwardPass(watch.other_uses).reason_unused(name, p)
+                skipped[name] = seen.reason_unused(name, p)
         if not scored:
             raise ValueError("no weight is left to choose from: none got a gradient")
         chosen = best_entries(scored, budget)

@@ -20,7 +20,7 @@ from fps_kernels.matrices import MatrixLayout
 
 _LINEAR = F.linear
 _CONV2D = (F.conv2d, torch.conv2d)
-_LOOKING = ("__get__", "__set__", "size", "dim", "stride", "numel", "is_contiguous", "type")
+_LOOKING = ("__set__()", "size()", "dim()", "stride()", "numel()", "is_contiguous()", "type()")  # not a use
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class WeightInterception(TorchFunctionMode):
         on_use: called with each :class:`WeightUse`, before the multiplication runs.
 
     Attributes:
-        other_uses: for each parameter that some other function took, the name of the first such function.
+        other_uses: for each parameter that went anywhere else, where it went first, such as ``matmul()``.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], on_use: Callable[[WeightUse], None]) -> None:
@@ -161,7 +161,7 @@ class WeightInterception(TorchFunctionMode):
         elif func is torch.addmm:
             self._addmm(*args, **kwargs)
         else:
-            self._other(func, args, kwargs)
+            return self._other(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _report(self, weight: Tensor, input: Tensor, convolution: Convolution | None, transposed: bool) -> bool:
@@ -180,21 +180,31 @@ class WeightInterception(TorchFunctionMode):
         self._on_use(WeightUse(name, layout, rows, input, convolution))
         return True
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> None:
+        self._note("the input of linear()", (input,))
         if weight.dim() == 2:
             self._report(weight, input, None, transposed=False)
 
     def _conv2d(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
+        self._note("the input of conv2d()", (input,))
         image = input.unsqueeze(0) if input.dim() == 3 else input
         self._report(weight, image, _geometry(image, weight, *args, **kwargs), transposed=False)
 
-    def _addmm(self, input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> None:
-        if not self._report(mat2, mat1, None, transposed=True):
-            self._other(torch.addmm, (mat1,), {})
+    def _addmm(self, input: Tensor, mat1: Tensor, mat2: Tensor, **_: Any) -> None:
+        self._note("the input of addmm()", (input, mat1))
+        self._report(mat2, mat1, None, transposed=True)
 
-    def _other(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        label = getattr(func, "__name__", str(func))
-        if label in _LOOKING:  # at a property of a weight
-            return
-        for name in self._table.names_within((*args, *kwargs.values())):
+    def _other(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        label = f"{getattr(func, '__name__', func)}()"
+        if label == "__get__()":  # a property: some are views (w.T), the others only look at a weight
+            label = f"Tensor.{func.__self__.__name__}"
+            if not isinstance(result, Tensor) or label == "Tensor.grad":
+                return result
+        if label not in _LOOKING:
+            self._note(label, (*args, *kwargs.values()))
+        return result
+
+    def _note(self, label: str, values: Iterable[Any]) -> None:
+        for name in self._table.names_within(values):
             self.other_uses.setdefault(name, label)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fps_kernels import ops
+
 
 @dataclass(frozen=True)
 class MatrixLayout:
@@ -65,3 +67,15 @@ class MatrixLayout:
 def is_simulated(tensor: Tensor) -> bool:
     """Whether a tensor has no values to look at (``FakeTensorMode``, used to measure memory without allocating it)."""
     return isinstance(tensor, FakeTensor)
+
+
+def unfit(parameter: Tensor) -> str | None:
+    """Why no entries of a parameter can be chosen or tuned, whatever it multiplies; ``None`` if they can."""
+    if parameter.dtype not in ops.FLOAT_DTYPES:
+        return f"its dtype is {parameter.dtype}, not float32, bfloat16 or float16"
+    if parameter.layout != torch.strided:
+        return f"its layout is {parameter.layout}, not strided"
+    # Quantised and distributed tensors compute their values: there is no memory of theirs to read or to write.
+    if type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not is_simulated(parameter):
+        return f"it is a {type(parameter).__name__}, not a plain tensor"
+    return None

@@ -43,8 +43,18 @@ def matching(patterns: Iterable[str], names: Iterable[str], argument: str, among
 def classifier_modules(model: nn.Module) -> list[str]:
     """Paths of the modules that make up the classifier head.
 
-    timm models say so themselves; elsewhere it is the child of the model that carries one of the customary names.
+    timm models say so themselves; elsewhere it is the child of the model that carries one of the customary names. Wrappers
+    (``torch.compile``, DataParallel), which have one child and no parameters of their own, are looked into.
     """
+    found = _heads(model)
+    children = list(model.named_children())
+    if not found and len(children) == 1 and next(model.parameters(recurse=False), None) is None:
+        name, wrapped = children[0]
+        return [f"{name}.{path}" for path in classifier_modules(wrapped)]
+    return found
+
+
+def _heads(model: nn.Module) -> list[str]:
     modules = dict(model.named_modules())
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     declared = getattr(config, "get", lambda _: None)("classifier") if config is not None else None

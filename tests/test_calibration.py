@@ -75,20 +75,27 @@ def test_save_and_load(tmp_path):
         fps.ActivationStats.load(tmp_path / "selection.safetensors")
 
 
-def _reduce(rank: int, directory: str, x: torch.Tensor, model: nn.Module) -> None:
+def _reduce(rank: int, directory: str, parts: list[torch.Tensor], model: nn.Module) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
-    stats = fps.calibrate(model, [x[rank::2]])
+    stats = fps.calibrate(model, [parts[rank]])
     stats.all_reduce()
     stats.save(os.path.join(directory, f"{rank}.safetensors"))
     torch.distributed.destroy_process_group()
 
 
-def test_several_processes(tmp_path):
-    model, x = Classifier(), images(7)
-    torch.multiprocessing.spawn(_reduce, (str(tmp_path), x, model), nprocs=2)
+@pytest.mark.parametrize("kind", ["same weights", "an expert each"])
+def test_several_processes(tmp_path, kind):
+    if kind == "same weights":
+        model, x = Classifier(), images(7)
+        parts = [x[::2], x[1::2]]
+    else:
+        x = torch.randn(7, 4).abs()
+        model, parts = Experts(), [x, -x]
+    torch.multiprocessing.spawn(_reduce, (str(tmp_path), parts, model), nprocs=2)
     for rank in range(2):
         reduced = fps.ActivationStats.load(tmp_path / f"{rank}.safetensors")
-        assert_same(reduced, fps.calibrate(model, [x]))
+        assert_same(reduced, fps.calibrate(model, parts))
+        assert reduced.unused == fps.calibrate(model, parts).unused
 
 
 def test_attention_with_different_inputs_has_one_factor_per_block_of_rows():
@@ -184,8 +191,97 @@ def test_bad_input():
         fps.calibrate(model, [()])
     with pytest.raises(ValueError, match="position is on the meta device"):
         fps.calibrate(Classifier().to("meta"), [x])
-    with pytest.raises(TypeError, match=r"input of embed.weight: x must be float32"):
-        fps.calibrate(Classifier().double(), [x.double()])
+    for data, match in (
+        (x, r"data must be an iterable of batches, got a float32 tensor of shape \[6, 3, 8, 8\]: put a single batch"),
+        ({"x": x}, r"data must be an iterable of batches, got a mapping with the keys \['x'\]"),
+        (5, "data must be an iterable of batches, got a int"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            fps.calibrate(model, data)
+    with pytest.raises(ValueError, match="batch 0 of data, a str: AttributeError"):
+        fps.calibrate(model, ["path.png"], forward=lambda m, batch: m(batch.float()))
+    with pytest.raises(ValueError, match="micro_batch finds no tensor to split in a str"):
+        fps.calibrate(model, ["path.png"], forward=lambda m, batch: m(x), micro_batch=2)
+    with pytest.raises(ValueError, match=r"0.weight has no shape yet"):
+        fps.calibrate(nn.Sequential(nn.LazyLinear(3)), [x])
+
+
+class Experts(nn.Module):
+    """A mixture: rows go to the expert of their sign; an expert may get none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 3) for _ in range(2))
+
+    def forward(self, x):
+        return [expert(x[chosen]) for expert, chosen in zip(self.experts, (x[:, 0] > 0, x[:, 0] <= 0), strict=True)]
+
+
+def test_experts_without_a_token():
+    x = torch.randn(6, 4).abs()
+    model = Experts()
+    some, rest = fps.calibrate(model, [x]), fps.calibrate(model, [-x])
+    assert some.unused == {"experts.1.weight": "all its inputs were empty"}
+    assert_same(some.merge(rest), fps.calibrate(model, [x, -x]))
+    assert some.merge(rest).unused == {}
+    assert list(fps.select(model, [x])) == ["experts.0.weight"]
+
+
+def test_weights_of_other_dtypes_do_not_stop_the_pass():
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.low, self.high = nn.Linear(4, 4), nn.Linear(4, 4).double()
+
+        def forward(self, x):
+            return self.high(self.low(x).double())
+
+    stats = fps.calibrate(Mixed(), [torch.randn(3, 4)])
+    assert list(stats) == ["low.weight"]
+    assert stats.unused == {"high.weight": "its dtype is torch.float64, not float32, bfloat16 or float16"}
+
+
+def test_torchscript_is_named_as_the_reason():
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)))
+    unused = fps.calibrate(model, [torch.randn(3, 4)]).unused
+    assert list(unused) == ["1.weight"]
+    assert unused["1.weight"].startswith("it belongs to a TorchScript module")
+
+
+def test_modules_that_act_on_train_and_eval_are_left_alone():
+    """LoRA layers merge their weights in ``eval()`` and take them apart again in ``train()``."""
+
+    class Merging(nn.Linear):
+        switched = 0
+
+        def train(self, mode=True):
+            self.switched += 1
+            return super().train(mode)
+
+    model = nn.Sequential(Merging(4, 4), nn.Dropout(1.0), nn.Linear(4, 4)).train()
+    stats = fps.calibrate(model, [torch.ones(3, 4)])
+    assert model[0].switched == 1  # by the test itself
+    assert all(module.training for module in model.modules())
+    assert stats["2.weight"].norm.any()  # no dropout: the pass ran in evaluation mode
+
+
+def test_mappings_of_any_type_are_split():
+    from transformers import BatchEncoding
+
+    class Watched(nn.Linear):
+        seen: list
+
+        def forward(self, x, scale):
+            self.seen.append(tuple(x.shape))
+            return super().forward(x * scale["by"])
+
+    model, x = Watched(4, 3), torch.randn(5, 4)
+    model.seen = []
+    batch = BatchEncoding({"x": x, "scale": {"by": torch.tensor(2.0)}})
+    kept = fps.calibrate(model, [batch], micro_batch=2, forward=lambda m, b: m(b.x, b.scale))
+    assert model.seen == [(2, 4), (2, 4), (1, 4)]
+    assert batch["x"] is x
+    torch.testing.assert_close(kept["weight"].norm[0], 2 * x.abs().sum(0).double(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -133,7 +133,7 @@ def test_roles():
     assert set(selection.dense) == {"embed.bias", "hidden.bias", "head.weight", "head.bias"}  # not the norm's bias
     assert selection.skipped == {
         "head.weight": "trained whole",
-        "position": "it reached add(), never a linear map or a 2-D convolution",
+        "position": "it reached add(), and was never the weight of F.linear, F.conv2d or torch.addmm",
     }
     assert list(fps.select(model, data, include="hidden*")) == ["hidden.weight"]
     assert list(fps.select(model, data, include=["out*", "embed*"])) == ["embed.weight", "out.weight"]
@@ -143,6 +143,16 @@ def test_roles():
     assert fps.select(model, data, dense=()).dense == ()
     assert "head.weight" in fps.select(model, data, dense=())
     assert "head.weight" in fps.select(model, data, include=["head.weight", "out*"])
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, nn.Sequential], ids=lambda wrap: wrap.__name__)
+def test_roles_in_wrapped_models(wrap):
+    model, data = Classifier(), [images()]
+    expected = fps.select(model, data)
+    (prefix,) = {name.split(".")[0] for name, _ in wrap(model).named_parameters()}
+    selection = fps.select(wrap(model), data)
+    assert list(selection) == [f"{prefix}.{name}" for name in expected]
+    assert set(selection.dense) == {f"{prefix}.{name}" for name in expected.dense}
 
 
 def test_data_free_scorers_take_one_batch():
@@ -212,6 +222,43 @@ def test_integer_weights():
     assert selection.skipped["codes"] == "its dtype is torch.int8, not float32, bfloat16 or float16"
     with pytest.raises(TypeError, match="codes cannot be tuned: its dtype is torch.int8"):
         fps.select(model, data, include="codes")
+
+
+class Computed(torch.Tensor):
+    """A tensor without memory of its own, as those of quantisation libraries: int8 codes that pose as float32."""
+
+    @staticmethod
+    def __new__(cls, codes):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes):
+        self.codes = codes
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes)
+        return func(*[a.codes.float() if isinstance(a, cls) else a for a in args], **(kwargs or {}))
+
+
+def test_weights_that_are_no_plain_tensors():
+    model = Classifier()
+    model.hidden.weight = nn.Parameter(Computed(torch.ones(20, 12, dtype=torch.int8)), requires_grad=False)
+    model.graph = nn.Parameter(torch.eye(3).to_sparse())
+    selection = fps.select(model, [images()])
+    assert selection.skipped["hidden.weight"] == "it is a Computed, not a plain tensor"
+    assert selection.skipped["graph"] == "its layout is torch.sparse_coo, not strided"
+    with pytest.raises(TypeError, match="hidden.weight cannot be tuned: it is a Computed"):
+        fps.select(model, [images()], include="hidden.weight")
+
+
+@pytest.mark.parametrize("scorer", [fps.FPS(), fps.Random(0)], ids=repr)
+@pytest.mark.parametrize("budget", [fps.PerNeuron(1), fps.PerTensor(0.1), fps.Global(0.1)], ids=repr)
+def test_weights_without_entries(scorer, budget):
+    model = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 4), nn.Linear(4, 4))
+    selection = fps.select(model, [torch.randn(3, 4)], scorer=scorer, budget=budget)
+    assert list(selection) == ["2.weight"]
+    assert selection.skipped == {"0.weight": "it has no entries", "1.weight": "it has no entries"}
 
 
 def test_models_without_a_matrix():

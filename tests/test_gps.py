@@ -108,6 +108,24 @@ def test_the_model_is_left_as_found():
     assert model.training
 
 
+def test_weights_that_only_a_later_batch_uses():
+    class Router(Classifier):
+        def forward(self, x):
+            return super().forward(x) if x.mean() > 0 else self.head(self.embed(x).mean((2, 3)))
+
+    x, y = labelled()
+    selection = fps.gps_select(Router(), [(x.abs().neg(), y), (x.abs(), y)], loss="cross_entropy")
+    assert list(selection) == ["embed.weight", "hidden.weight", "out.weight"]
+
+
+def test_compiled_models_are_seen():
+    model, batch = Classifier(), labelled()
+    selection = fps.gps_select(torch.compile(model, fullgraph=True), [batch], loss="cross_entropy")
+    expected = fps.gps_select(model, [batch], loss="cross_entropy")
+    assert [n.removeprefix("_orig_mod.") for n in selection] == list(expected)
+    assert all(torch.equal(a.columns, b.columns) for a, b in zip(selection.values(), expected.values(), strict=True))
+
+
 def test_models_without_a_head():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Tanh(), nn.Linear(6, 4))
     assert fps.gps_select(model, [labelled()], views=gps.random_views).nnz == 10

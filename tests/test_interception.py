@@ -37,7 +37,7 @@ def test_columns_of_a_weight_and_copies_are_not_the_weight():
     w, x = parameter(6, 4), torch.randn(2, 2)
     uses, others = watch({"w": w}, lambda: (F.linear(x, w[:, :2]), F.linear(x, w.float()[:, 2:] * 2)))
     assert uses == []
-    assert others == {"w": "__getitem__"}
+    assert others == {"w": "__getitem__()"}
 
 
 def test_addmm_is_transposed():
@@ -52,7 +52,7 @@ def test_some_inputs_of_a_transposed_weight_are_not_its_rows():
     w, x, b = parameter(6, 5), torch.randn(2, 3), torch.randn(5)
     uses, others = watch({"w": w}, lambda: torch.addmm(b, x, w[:3]))
     assert uses == []
-    assert others == {"w": "__getitem__"}
+    assert others == {"w": "__getitem__()"}
 
 
 @pytest.mark.parametrize("n", [3, 4])
@@ -129,7 +129,16 @@ def test_other_functions_are_named():
     stack = [parameter(1, 3), parameter(1, 3)]
     uses, others = watch({"w": w, "a": stack[0]}, lambda: (x @ w, torch.cat(stack)))
     assert uses == []
-    assert others == {"w": "matmul", "a": "cat"}
+    assert others == {"w": "matmul()", "a": "cat()"}
+
+
+def test_views_by_property_and_inputs_are_named():
+    """``w.T`` is a property, and a learned query is what another weight multiplies: both are uses."""
+    w, v, query, x = parameter(3, 3), parameter(3, 3), parameter(2, 3), torch.randn(2, 3)
+    known = {"w": w, "v": v, "query": query}
+    uses, others = watch(known, lambda: (x @ w.T, x @ v.data, F.linear(query, w), w.shape, w.dtype, w.grad))
+    assert [use.name for use in uses] == ["w"]
+    assert others == {"w": "Tensor.T", "v": "Tensor.data", "query": "the input of linear()"}
 
 
 def test_an_exception_ends_the_interception():
