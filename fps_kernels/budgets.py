@@ -1,6 +1,7 @@
 """How many entries, and who competes with whom. Counts are exact, always."""
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -17,17 +18,24 @@ class ScoredWeight:
     Attributes:
         name: parameter name.
         layout: how the parameter is read as a matrix.
-        matrix: ``[O, C]``.
+        values: the parameter, or what else in its shape is scored.
         factors: float32 ``[G, C]``.
     """
 
     name: str
     layout: MatrixLayout
-    matrix: Tensor
+    values: Tensor
     factors: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        """``[O, C]``; made when asked for, since a channels-last convolution is copied."""
+        return self.layout.matrix(self.values)
 
 
 def _check_density(density: float) -> None:
+    if not isinstance(density, Real):
+        raise TypeError(f"density must be a number, got {density!r}")
     if not 0 < density <= 1:
         raise ValueError(f"density must lie in (0, 1], got {density}")
 
@@ -52,6 +60,8 @@ class PerNeuron:
     k: int = 1
 
     def __post_init__(self) -> None:
+        if not isinstance(self.k, Integral) or isinstance(self.k, bool):
+            raise TypeError(f"k must be an integer, got {self.k!r}")
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
 
@@ -67,7 +77,7 @@ class PerNeuron:
         """The best entries of every weight."""
         chosen = {}
         for w in weights:
-            columns = ops.score_topk(w.matrix, w.factors, self.k)
+            columns = ops.score_topk(w.matrix, w.factors, int(self.k))
             row_offsets = torch.arange(columns.shape[0] + 1, device=columns.device, dtype=torch.int32) * self.k
             chosen[w.name] = WeightSelection(w.layout, row_offsets, columns.flatten())
         return chosen
@@ -111,7 +121,7 @@ class PerTensor:
         return {
             name: entries
             for w in weights
-            for name, entries in _choose_best([w], _count(self.density, w.matrix.numel())).items()
+            for name, entries in _choose_best([w], _count(self.density, w.values.numel())).items()
         }
 
     def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
@@ -145,13 +155,13 @@ class Global:
 
     def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
         """The best entries of all weights together."""
-        devices = {str(w.matrix.device) for w in weights}
+        devices = {str(w.values.device) for w in weights}
         if len(devices) > 1:
             raise ValueError(
                 f"a Global budget compares all weights, which lie on {', '.join(sorted(devices))}: use PerTensor or "
                 "PerNeuron, or bring the model to one device"
             )
-        return _choose_best(weights, _count(self.density, sum(w.matrix.numel() for w in weights)))
+        return _choose_best(weights, _count(self.density, sum(w.values.numel() for w in weights)))
 
     def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
         """As many entries, drawn uniformly."""
@@ -171,14 +181,15 @@ Budget = PerNeuron | PerTensor | Global
 
 def _choose_best(weights: list[ScoredWeight], count: int) -> dict[str, WeightSelection]:
     """The ``count`` largest scores of all weights together; equal scores go to the earlier entry."""
-    threshold, greater, equal = ops.score_kth([w.matrix for w in weights], [w.factors for w in weights], count)
+    matrices, factors = [w.matrix for w in weights], [w.factors for w in weights]
+    threshold, greater, equal = ops.score_kth(matrices, factors, count)
     above, same = greater.tolist(), equal.tolist()
     ties_left = count - sum(above)
     chosen = {}
-    for w, n_above, n_same in zip(weights, above, same, strict=True):
+    for w, matrix, n_above, n_same in zip(weights, matrices, above, same, strict=True):
         ties = min(ties_left, n_same)
         ties_left -= ties
-        csr = ops.score_select(w.matrix, w.factors, threshold, ties, n_above + ties)
+        csr = ops.score_select(matrix, w.factors, threshold, ties, n_above + ties)
         chosen[w.name] = WeightSelection(w.layout, *csr)
     return chosen
 

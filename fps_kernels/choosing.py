@@ -91,7 +91,8 @@ def select(
         chosen = budget.draw(layouts, torch.Generator().manual_seed(scorer.seed))
         chosen = {name: w.to(eligible[name].device) for name, w in chosen.items()}
     else:
-        chosen = choose(eligible, layouts, budget, {name: scorer.factors(stats, name) for name in layouts})
+        factors = {name: scorer.factors(stats, name).to(eligible[name].device, torch.float32) for name in layouts}
+        chosen = choose(eligible, layouts, budget, factors)
     description = {"scorer": repr(scorer), "budget": repr(budget)}
     return Selection(chosen, dense_names, skipped, dict(stats.tied), description)
 
@@ -170,20 +171,12 @@ def usable_layouts(
 def choose(
     parameters: dict[str, nn.Parameter], layouts: dict[str, MatrixLayout], budget: Budget, factors: dict[str, Tensor]
 ) -> dict[str, WeightSelection]:
-    """The best entries within the budget, by ``|w_ij| * c_j``.
+    """The best entries within the budget, by ``|w_ij| * c_j``; ``factors`` are float32 ``[G, C]`` on the weights' devices.
 
     Raises:
         ValueError: a score that is NaN or infinite, with the name of its weight.
     """
-    scored = [
-        ScoredWeight(
-            name,
-            layout,
-            layout.matrix(parameters[name]),
-            factors[name].to(device=parameters[name].device, dtype=torch.float32),
-        )
-        for name, layout in layouts.items()
-    ]
+    scored = [ScoredWeight(name, layout, parameters[name].detach(), factors[name]) for name, layout in layouts.items()]
     return best_entries(scored, budget)
 
 
@@ -203,9 +196,9 @@ def _check_finite(scored: list[ScoredWeight], chosen: dict[str, WeightSelection]
     checks = {}
     for w in scored:
         entries = chosen[w.name]
-        if entries.nnz and not is_simulated(w.matrix):
+        if entries.nnz and not is_simulated(w.values):
             rows, columns = entries.rows(), entries.columns.long()
-            per_row = w.matrix.shape[0] // w.factors.shape[0]
+            per_row = w.layout.shape[0] // w.factors.shape[0]
             score = w.matrix[rows, columns].float() * w.factors[rows // per_row, columns]
             checks[w.name] = score.abs().amax()
     if checks and not all(torch.stack([c.cpu() for c in checks.values()]).isfinite().tolist()):

@@ -166,8 +166,8 @@ def gps_select(
         for name, p in eligible.items():
             if name in layouts and p.grad is not None:
                 budget.check(name, layouts[name])
-                gradient = layouts[name].matrix(p.grad)
-                scored.append(ScoredWeight(name, layouts[name], gradient, gradient.new_ones(1, gradient.shape[1]).float()))
+                ones = torch.ones(1, layouts[name].shape[1], device=p.device)
+                scored.append(ScoredWeight(name, layouts[name], p.grad, ones))
             else:
                 skipped[name] = seen.reason_unused(name, p)
         if not scored:

@@ -119,6 +119,17 @@ def test_channels_last_makes_the_same_choice():
     assert got.overlap(expected) == 1.0
 
 
+@pytest.mark.parametrize("budget", [fps.PerNeuron(1), fps.PerTensor(0.001)], ids=repr)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_choosing_adds_a_vector_per_layer(budget, memory_format):
+    """At most one float64 vector per weight and float32 factors, and one copied convolution at a time."""
+    model = nn.Sequential(*[nn.Conv2d(32, 32, 3, padding=1) for _ in range(12)]).to(memory_format=memory_format)
+    stats = fps.calibrate(model, [torch.randn(1, 32, 4, 4)])
+    report = fps.memory.measure(lambda: fps.select(model, stats=stats, budget=budget), existing=[model])
+    copied = 0 if memory_format == torch.contiguous_format else 4 * 32 * 32 * 9
+    assert report.added < copied + 12 * (8 + 4) * 32 * 9 + 32 * 1024
+
+
 def test_micro_batches_and_statistics_make_the_same_choice():
     model, x = Classifier(), images(12)
     expected = fps.select(model, [x], budget=fps.Global(0.05))
@@ -201,6 +212,14 @@ def test_bad_input():
         (lambda: fps.Global(float("nan")), "density must lie in"),
     ):
         with pytest.raises(ValueError, match=match):
+            make()
+    for make, match in (
+        (lambda: fps.PerNeuron(1.5), "k must be an integer, got 1.5"),
+        (lambda: fps.PerNeuron("3"), "k must be an integer, got '3'"),
+        (lambda: fps.PerTensor("1%"), "density must be a number, got '1%'"),
+        (lambda: fps.Global(None), "density must be a number, got None"),
+    ):
+        with pytest.raises(TypeError, match=match):
             make()
 
 
