@@ -1,4 +1,4 @@
-"""Each CPU op against its torch counterpart, alternating in one run: ``python benchmarks/kernels.py [--quick]``.
+"""Each CPU op against its torch counterpart, alternating in one run: ``python -m benchmarks.kernels [--quick]``.
 
 Machines are noisy, so that only ratios within a run mean something: every round runs each contestant once, and a ratio is
 the median over rounds of the ratio within a round. Beside each figure stand the bytes that have to move, and how much of
@@ -6,22 +6,18 @@ this machine's copy bandwidth (``torch.Tensor.copy_``, measured in the same run)
 """
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.measuring import alternate, machine, ratio, save, table
 from fps_kernels import ops
+from fps_kernels.ops import native
 
 VIT_B = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12 + [(768, 768)]
-RESULTS = Path(__file__).parent / "results" / "kernels.json"
 
 
 @dataclass
@@ -37,23 +33,6 @@ class Row:
     met: bool | None
     gbytes: float
     of_copy_bandwidth: float
-
-
-def alternate(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every contestant in every round."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for run in contestants.values():
-        run()
-    for _ in range(rounds):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return times
-
-
-def ratio(times: dict[str, list[float]], ours: str, theirs: str) -> float:
-    return statistics.median(a / b for a, b in zip(times[ours], times[theirs], strict=True))
 
 
 class Report:
@@ -105,9 +84,7 @@ class Report:
             ]
             for row in self.rows
         ]
-        widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body]]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+        return table(head, body)
 
 
 # ------------------------------------------------------------------------------------------------ what is measured
@@ -263,32 +240,10 @@ def adamw(report: Report, weights: list[Tensor], factors: list[Tensor]) -> None:
         )
 
 
-def machine() -> dict[str, str | int]:
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    from fps_kernels.ops import native
-
-    return {
-        "cpu": model,
-        "threads": torch.get_num_threads(),
-        "isa": native.isa() if native.unavailable_reason() is None else "none",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds and two blocks of ViT-B instead of twelve")
     parser.add_argument("--only", help="measure only the groups whose name contains this")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the JSON goes")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads for both sides; by default torch's own choice")
     options = parser.parse_args()
     if options.threads:
@@ -316,19 +271,14 @@ def main() -> None:
     for name, measure in groups.items():
         if not options.only or options.only in name:
             measure()
-    described = machine()
-    print(", ".join(f"{key} {value}" for key, value in described.items()))
+    print(", ".join(f"{key} {value}" for key, value in machine().items()) + f", isa {native.isa()}")
     print(f"{len(weights)} weights of ViT-B, {total / 1e6:.0f} M entries; copy_ moves {report.copy_gbytes_per_s:.0f} GB/s\n")
     print(report.table())
     if not options.only:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        content = {
-            "machine": described,
-            "copy_gbytes_per_s": report.copy_gbytes_per_s,
-            "quick": options.quick,
-            "rows": [asdict(row) for row in report.rows],
-        }
-        options.output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        command = "python -m benchmarks.kernels" + (" --quick" if options.quick else "")
+        command += f" --threads {options.threads}" if options.threads else ""
+        rows = [asdict(row) for row in report.rows]
+        save("kernels", command, rows, isa=native.isa(), copy_gbytes_per_s=report.copy_gbytes_per_s)
 
 
 if __name__ == "__main__":

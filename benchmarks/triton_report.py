@@ -4,7 +4,7 @@ For every call in ``fps_kernels.ops.triton.cases`` and every target: registers, 
 it launches; and the least time in which the bytes it must move fit through the memory of an A100 and an H100. Everything
 here is calculated. Writes ``benchmarks/results/triton_report.json``.
 
-    python benchmarks/triton_report.py
+    python -m benchmarks.triton_report
 """
 
 import json
