@@ -44,6 +44,9 @@ class MatrixLayout:
         Returns:
             The view, and ``None`` where its columns are the matrix's own, or an int32 ``[C]`` that maps a column of the
             matrix to a column of the view (channels-last convolutions).
+
+        Raises:
+            ValueError: strides that allow no such view.
         """
         parameter = parameter.detach()
         if self.transposed:
@@ -53,7 +56,10 @@ class MatrixLayout:
         except RuntimeError:
             columns = self.shape[1]
             order = sorted(range(1, parameter.dim()), key=parameter.stride, reverse=True)
-            view = parameter.permute(0, *order).view(self.shape)
+            try:
+                view = parameter.permute(0, *order).view(self.shape)
+            except RuntimeError as error:
+                raise ValueError(f"strides {parameter.stride()} allow no view as a matrix: make it contiguous") from error
             logical = torch.arange(columns, dtype=torch.int32).view(parameter.shape[1:])
             position = torch.empty(columns, dtype=torch.int32)
             position[logical.permute([d - 1 for d in order]).flatten().long()] = torch.arange(columns, dtype=torch.int32)

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any, overload
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fps_kernels import ops
-from fps_kernels.matrices import MatrixLayout
+from fps_kernels.matrices import MatrixLayout, is_simulated, unfit
 from fps_kernels.selection import Selection, WeightSelection
 
 _STATE = ("step", "exp_avg", "exp_avg_sq", "master")
@@ -37,7 +38,8 @@ def masked_parameters(
         parameter) and the options.
 
     Raises:
-        ValueError: names or shapes that are not the model's, or parameters that do not require gradients.
+        ValueError: names or shapes that are not the model's, two names of one parameter, or parameters that do not
+            require gradients.
         TypeError: masks that are not boolean.
 
     Example:
@@ -51,7 +53,10 @@ def masked_parameters(
     if not parameters:
         raise ValueError("the selection is empty: it names no parameter")
     groups: list[dict[str, Any]] = []
+    first_names: dict[nn.Parameter, str] = {}
     for name, p in parameters.items():
+        if (first := first_names.setdefault(p, name)) != name:
+            raise ValueError(f"{first} and {name} are one parameter: name it once")
         if not p.requires_grad:
             raise ValueError(f"{name} is selected but does not require gradients: call .requires_grad_() on it")
         chosen = dict(options(name, p)) if options is not None else {}
@@ -74,16 +79,17 @@ class MaskedAdamW(Optimizer):
 
     Args:
         params: groups from :func:`masked_parameters`; plain parameters and groups without ``selections`` are tuned whole.
-        lr: learning rate; a tensor makes changes visible to a captured CUDA graph.
+        lr: learning rate; a tensor on the parameters' device makes changes visible to a captured CUDA graph.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, of the chosen entries only.
         maximize: ascend instead of descend.
-        capturable: the step may be captured in a CUDA graph: ``lr`` is then kept on the device.
+        capturable: the step may be captured in a CUDA graph, where an ``lr`` that is a number is captured as it is.
 
     Raises:
-        ValueError: a number out of range, or a selection that does not fit its parameter.
-        TypeError: parameters that are not float32, bfloat16 or float16.
+        ValueError: a number out of range, a parameter given twice or without memory of its own, or a selection that
+            does not fit its parameter.
+        TypeError: parameters that are no plain tensors of float32, bfloat16 or float16.
 
     Example:
         >>> optimizer = fps.MaskedAdamW(fps.masked_parameters(model, selection), lr=1e-3)
@@ -107,7 +113,7 @@ class MaskedAdamW(Optimizer):
         capturable: bool = False,
     ) -> None:
         self._selections: dict[Tensor, WeightSelection] = {}
-        self._views: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
+        self._views: dict[Tensor, tuple[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]] = {}
         self._learning_rates: dict[torch.device, tuple[tuple[Any, ...], Tensor]] = {}
         defaults = {
             "lr": lr,
@@ -120,22 +126,36 @@ class MaskedAdamW(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as from :func:`masked_parameters`; see ``torch.optim.Optimizer.add_param_group``."""
+        """Add a group, as from :func:`masked_parameters`; see ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError: as the constructor; nothing is added then.
+            TypeError: as the constructor; nothing is added then.
+        """
         group = dict(param_group)
         names = group.pop("names", None)
         selections = group.pop("selections", None)
         _check_options({**self.defaults, **group})
-        params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        group["params"] = params
-        if selections is None:
-            selections = [None] * len(params)
-        if len(selections) != len(params):
-            raise ValueError(f"selections must have one item per parameter, got {len(selections)} for {len(params)}")
-        placed = {}
-        for i, (p, selection) in enumerate(zip(params, selections, strict=True)):
-            label = names[i] if names else f"params[{i}]"
-            if p.dtype not in ops.FLOAT_DTYPES:
-                raise TypeError(f"{label} must be float32, bfloat16 or float16, got {p.dtype}")
+        if isinstance(group["params"], set):
+            raise TypeError("params must be in an order that stays the same: give a list instead of a set")
+        items = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        group["params"] = items  # (name, parameter) pairs stay pairs: torch takes them apart
+        params = [item[1] if isinstance(item, tuple) else item for item in items]
+        unnamed = [item[0] if isinstance(item, tuple) else f"params[{i}]" for i, item in enumerate(items)]
+        labels = unnamed if names is None else list(names)
+        selections = [None] * len(params) if selections is None else list(selections)
+        for argument, given in (("selections", selections), ("names", labels)):
+            if len(given) != len(params):
+                raise ValueError(f"{argument} must have one item per parameter, got {len(given)} for {len(params)}")
+        placed: dict[Tensor, WeightSelection] = {}
+        for label, p, selection in zip(labels, params, selections, strict=True):
+            _check_parameter(label, p)
+            if p in placed:
+                raise ValueError(f"{label} appears twice in its group")
+            if not isinstance(selection, WeightSelection | None):
+                raise TypeError(
+                    f"the selection of {label} must be a WeightSelection or None, got {type(selection).__name__}"
+                )
             placed[p] = _full(p) if selection is None else selection.to(p.device)
             if placed[p].layout.parameter_shape != tuple(p.shape):
                 expected = list(placed[p].layout.parameter_shape)
@@ -165,7 +185,8 @@ class MaskedAdamW(Optimizer):
             The closure's loss, or ``None``.
 
         Raises:
-            ValueError: a sparse gradient.
+            ValueError: a sparse gradient, or a parameter that was put into ``param_groups`` by hand; nothing is changed
+                then.
         """
         loss = None
         if closure is not None:
@@ -178,6 +199,8 @@ class MaskedAdamW(Optimizer):
                 if p.grad is not None:
                     if p.grad.is_sparse:
                         raise ValueError("MaskedAdamW takes dense gradients, found a sparse one")
+                    if p not in self._selections:
+                        raise ValueError(f"a parameter of shape {list(p.shape)} is new: add it with add_param_group()")
                     calls.setdefault((p.device, *shared), []).append((p, group))
         for (device, beta1, beta2, eps, maximize), members in calls.items():
             self._update(device, members, beta1, beta2, eps, maximize)
@@ -225,20 +248,25 @@ class MaskedAdamW(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"] = torch.zeros(selection.nnz, dtype=torch.float32, device=p.device)
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-            if p.dtype != torch.float32:
-                view, _, columns = self._view_of(p)
-                state["master"] = view[selection.rows(), columns.long()].float()
+        if p.dtype != torch.float32 and "master" not in state:  # also where the model was float32 until now
+            view, _, columns = self._view_of(p)
+            state["master"] = view[self._selections[p].rows(), columns.long()].float()
         return state
 
     def _view_of(self, p: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
         """The parameter's memory as a matrix, and the CSR of its chosen entries there."""
-        cached = self._views.get(p)
-        if cached is None or cached[0].data_ptr() != p.data_ptr() or cached[0].dtype != p.dtype:
+        origin = (p.data_ptr(), p.dtype, p.stride())
+        found, views = self._views.get(p, (None, None))
+        if views is None or found != origin:
             selection = self._selections[p].to(p.device)
+            if selection.layout.parameter_shape != tuple(p.shape):
+                expected = list(selection.layout.parameter_shape)
+                raise ValueError(f"a parameter of shape {expected} has shape {list(p.shape)} now: make a new optimizer")
             view, position = selection.layout.writable_matrix(p)
             columns = selection.columns if position is None else position[selection.columns.long()]
-            cached = self._views[p] = (view, selection.row_offsets, columns)
-        return cached
+            views = (view, selection.row_offsets, columns)
+            self._views[p] = (origin, views)
+        return views
 
     def _gradient_of(self, p: nn.Parameter) -> Tensor:
         """The gradient as a matrix whose columns are those of the parameter's view."""
@@ -250,8 +278,13 @@ class MaskedAdamW(Optimizer):
 
     def _learning_rates_of(self, device: torch.device, groups: list[dict[str, Any]]) -> Tensor:
         if any(group["capturable"] or isinstance(group["lr"], Tensor) for group in groups):
-            rates = [torch.as_tensor(group["lr"], dtype=torch.float64, device=device).view(()) for group in groups]
-            return torch.stack(rates)
+            rates: dict[int, Tensor] = {}
+            for group in groups:
+                if id(group) not in rates:
+                    lr = group["lr"]
+                    rate = lr.detach() if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device=device)
+                    rates[id(group)] = rate.to(device, torch.float64).view(())
+            return torch.stack([rates[id(group)] for group in groups])
         values = tuple(float(group["lr"]) for group in groups)
         cached = self._learning_rates.get(device)
         if cached is None or cached[0] != values:
@@ -262,16 +295,22 @@ class MaskedAdamW(Optimizer):
         """Restore a state exactly; it must be of the same selection.
 
         Raises:
-            ValueError: the state is of another selection or of other parameter groups.
+            ValueError: the state is of another selection or of other parameter groups, or lacks a part; nothing is loaded
+                then.
         """
         current = [group["checksums"] for group in self.param_groups]
         saved = [group.get("checksums") for group in state_dict["param_groups"]]
+        if None in saved:
+            raise ValueError("the state is of another optimizer: it does not say which entries were chosen")
         if len(current) == len(saved) and current != saved:
             raise ValueError("the state is of another selection: its chosen entries are not those of this optimizer")
-        super().load_state_dict(state_dict)
-        # torch casts state to the dtype of the parameter; moments and masters of 16-bit weights are float32.
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
+        if len(ids) == len(params):
+            for i, p in zip(ids, params, strict=True):
+                _check_state(i, state_dict["state"].get(i), self._selections[p].nnz)
+        super().load_state_dict(state_dict)
+        # torch casts state to the dtype of the parameter; moments and masters of 16-bit weights are float32.
         for i, p in zip(ids, params, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
                 if key in _STATE:
@@ -288,15 +327,45 @@ class MaskedAdamW(Optimizer):
 
 def _check_options(options: Mapping[str, Any]) -> None:
     lr, betas = options["lr"], options["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must hold one number, got shape {list(lr.shape)}")
-    if not isinstance(lr, Tensor) and not lr >= 0:
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr must hold one number, got shape {list(lr.shape)}")
+    elif not isinstance(lr, Real):
+        raise TypeError(f"lr must be a number or a tensor, got {lr!r}")
+    elif not float(lr) >= 0:
         raise ValueError(f"lr must not be negative, got {lr}")
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"betas must be two numbers, got {betas!r}")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must lie in [0, 1), got {betas}")
     for name in ("eps", "weight_decay"):
         if not options[name] >= 0:
             raise ValueError(f"{name} must not be negative, got {options[name]}")
+
+
+def _check_parameter(label: str, p: Any) -> None:
+    if not isinstance(p, Tensor):
+        raise TypeError(f"{label} must be a tensor, got {type(p).__name__}")
+    if reason := unfit(p):
+        raise TypeError(f"{label} cannot be tuned: {reason}")
+    if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
+        raise ValueError(f"{label} is an expanded tensor, whose entries share memory: give it its own with .clone()")
+    try:
+        MatrixLayout(tuple(p.shape)).writable_matrix(p)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
+
+
+def _check_state(index: int, state: Mapping[str, Any] | None, nnz: int) -> None:
+    """A parameter without a gradient so far has no state; any other has all of it."""
+    if not state:
+        return
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        if not isinstance(state.get(key), Tensor):
+            raise ValueError(f"the state of parameter {index} lacks {key}")
+    for key in ("exp_avg", "exp_avg_sq", "master"):
+        if key in state and tuple(state[key].shape) != (nnz,):
+            raise ValueError(f"the state of parameter {index}: {key} has shape {list(state[key].shape)}, expected [{nnz}]")
 
 
 def _full(p: Tensor) -> WeightSelection:
@@ -309,5 +378,7 @@ def _full(p: Tensor) -> WeightSelection:
 
 
 def _checksum(selection: WeightSelection) -> int:
+    if is_simulated(selection.columns):
+        return 0
     first = zlib.crc32(selection.row_offsets.cpu().numpy().tobytes())
     return zlib.crc32(selection.columns.cpu().numpy().tobytes(), first)

@@ -120,7 +120,8 @@ class WeightSelection:
 class Selection(Mapping[str, WeightSelection]):
     """The chosen entries of a model: a mapping from parameter names to :class:`WeightSelection`.
 
-    Supports ``in``, ``len``, iteration, ``|`` (union) and ``&`` (intersection), and prints as a table.
+    Supports ``in``, ``len``, iteration, ``|`` (union) and ``&`` (intersection; a weight that is trained whole contains
+    every choice from it), and prints as a table.
 
     Attributes:
         weights: chosen entries by parameter name.
@@ -203,6 +204,8 @@ class Selection(Mapping[str, WeightSelection]):
             TypeError: a mask that is not a boolean tensor.
             ValueError: a mask without dimensions.
         """
+        if not isinstance(masks, Mapping):
+            raise TypeError(f"masks must be a mapping of names to boolean tensors, got {type(masks).__name__}")
         weights = {}
         for name, mask in masks.items():
             if not isinstance(mask, Tensor):
@@ -240,21 +243,28 @@ class Selection(Mapping[str, WeightSelection]):
             yield name, mine, theirs.to(mine.columns.device)
 
     def __or__(self, other: "Selection") -> "Selection":
-        weights = {**self.weights, **other.weights}
-        for name, mine, theirs in self._pairs(other):
-            flat = torch.cat([mine.flat(), theirs.flat()]).unique()
-            weights[name] = WeightSelection.from_flat(mine.layout, flat)
         dense = tuple(dict.fromkeys((*self.dense, *other.dense)))
+        weights = {name: w for name, w in {**self.weights, **other.weights}.items() if name not in dense}
+        for name, mine, theirs in self._pairs(other):
+            if name in weights:
+                flat = torch.cat([mine.flat(), theirs.flat()]).unique()
+                weights[name] = WeightSelection.from_flat(mine.layout, flat)
         return Selection(weights, dense, {n: r for n, r in self.skipped.items() if n not in weights}, dict(self.tied))
 
     def __and__(self, other: "Selection") -> "Selection":
-        weights = {}
+        weights = {n: w for a, b in ((self, other), (other, self)) for n, w in a.weights.items() if n in b.dense}
+        weights |= self._common(other)
+        dense = tuple(n for n in self.dense if n in other.dense)
+        return Selection(weights, dense, {n: r for n, r in self.skipped.items() if n not in weights}, dict(self.tied))
+
+    def _common(self, other: "Selection") -> dict[str, WeightSelection]:
+        """Entries that both have, of the weights that both choose from."""
+        common = {}
         for name, mine, theirs in self._pairs(other):
             flat = mine.flat()
-            common = flat[torch.isin(flat, theirs.flat(), assume_unique=True)]
-            weights[name] = WeightSelection.from_flat(mine.layout, common)
-        ordered = {name: weights[name] for name in self.weights if name in weights}
-        return Selection(ordered, tuple(n for n in self.dense if n in other.dense), dict(self.skipped), dict(self.tied))
+            both = flat[torch.isin(flat, theirs.flat(), assume_unique=True)]
+            common[name] = WeightSelection.from_flat(mine.layout, both)
+        return {name: common[name] for name in self.weights if name in common}
 
     def overlap(self, other: "Selection") -> float:
         """Common entries over the entries of the smaller selection: 1 where one contains the other, 0 if disjoint.
@@ -263,7 +273,7 @@ class Selection(Mapping[str, WeightSelection]):
             ValueError: the two are of different models.
         """
         smaller = min(self.nnz, other.nnz)
-        return (self & other).nnz / smaller if smaller else 1.0
+        return sum(w.nnz for w in self._common(other).values()) / smaller if smaller else 1.0
 
     def check(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters that this selection speaks of, by name.
@@ -271,7 +281,7 @@ class Selection(Mapping[str, WeightSelection]):
         Raises:
             ValueError: a name the model lacks, or a parameter of another shape.
         """
-        every = dict(model.named_parameters())
+        every = dict(model.named_parameters(remove_duplicate=False))  # either name of a tied weight will do
         for name in (*self.weights, *self.dense):
             if name not in every:
                 raise ValueError(f"the selection is of another model: this one has no parameter {name!r}")
@@ -288,7 +298,8 @@ class Selection(Mapping[str, WeightSelection]):
         tensors = {}
         layouts = {}
         for name, w in self.weights.items():
-            tensors[f"{name}:row_offsets"], tensors[f"{name}:columns"] = w.row_offsets.cpu(), w.columns.cpu()
+            tensors[f"{name}:row_offsets"] = w.row_offsets.to("cpu", copy=True)  # two weights may share one choice
+            tensors[f"{name}:columns"] = w.columns.to("cpu", copy=True)
             layouts[name] = [list(w.layout.parameter_shape), w.layout.transposed]
         content = {
             "weights": layouts,

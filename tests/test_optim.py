@@ -1,70 +1,16 @@
-"""``MaskedAdamW``: unselected entries keep their bits, selected ones follow torch.optim.AdamW, in every training loop."""
+"""``MaskedAdamW``: unselected entries keep their bits, selected ones follow torch.optim.AdamW."""
 
 import copy
 import io
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import fps_kernels as fps
 from fps_kernels.selection import Selection
 from tests.models import Classifier, images, labelled
-
-RATES = {"lr": 3e-3, "weight_decay": 0.1}
-
-
-def selected(model: nn.Module, density: float = 0.1) -> Selection:
-    return fps.select(model, [images()], budget=fps.PerTensor(density))
-
-
-def loss_of(model: nn.Module, batch) -> torch.Tensor:
-    return F.cross_entropy(model(batch[0].to(next(model.parameters()).dtype)).float(), batch[1])
-
-
-def train(model: nn.Module, optimizer, batches) -> None:
-    for batch in batches:
-        optimizer.zero_grad()
-        loss_of(model, batch).backward()
-        optimizer.step()
-
-
-def assert_only_selected_moved(model: nn.Module, before: dict[str, torch.Tensor], selection: Selection) -> None:
-    masks = selection.masks()
-    for name, p in model.named_parameters():
-        moved = p != before[name]
-        if name in masks:
-            assert not moved[~masks[name]].any(), name
-            assert moved[masks[name]].any(), name
-        else:
-            assert bool(moved.any()) == (name in selection.dense), name
-
-
-def copy_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-class MaskedByHand:
-    """torch.optim.AdamW on copies of the chosen entries: what MaskedAdamW must equal."""
-
-    def __init__(self, model: nn.Module, selection: Selection, **rates) -> None:
-        self.model, self.masks = model, {**selection.masks()}
-        for name in selection.dense:
-            self.masks[name] = torch.ones_like(model.get_parameter(name), dtype=torch.bool)
-        self.values = {n: nn.Parameter(model.get_parameter(n).detach()[m].clone()) for n, m in self.masks.items()}
-        self.inner = torch.optim.AdamW(self.values.values(), foreach=False, **rates)
-
-    def zero_grad(self) -> None:
-        self.model.zero_grad()
-
-    def step(self) -> None:
-        for name, value in self.values.items():
-            value.grad = self.model.get_parameter(name).grad[self.masks[name]]
-        self.inner.step()
-        with torch.no_grad():
-            for name, value in self.values.items():
-                self.model.get_parameter(name)[self.masks[name]] = value
+from tests.training import RATES, MaskedByHand, assert_only_selected_moved, copy_of, loss_of, selected, selected_like, train
 
 
 @pytest.mark.parametrize("maximize", [False, True])
@@ -157,38 +103,6 @@ def test_gradients_of_another_memory_format(weight_last, grad_last):
     assert torch.equal(*got)
 
 
-def test_groups_options_and_schedulers():
-    model = Classifier()
-    selection = selected(model)
-
-    def options(name, p):
-        return {"lr": 1e-2 if name.startswith("head") else 1e-3, "weight_decay": 0.0 if p.dim() == 1 else 0.1}
-
-    groups = fps.masked_parameters(model, selection, options=options)
-    assert sorted((g["lr"], g["weight_decay"], len(g["params"])) for g in groups) == [
-        (1e-3, 0.0, 2),
-        (1e-3, 0.1, 3),
-        (1e-2, 0.0, 1),
-        (1e-2, 0.1, 1),
-    ]
-    optimizer = fps.MaskedAdamW(groups, lr=1.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
-    twin = copy.deepcopy(model)
-    by_hand = MaskedByHand(twin, selection)
-    by_hand.inner = torch.optim.AdamW(
-        [{"params": [v], **options(n, twin.get_parameter(n))} for n, v in by_hand.values.items()], foreach=False
-    )
-    other_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(by_hand.inner, T_max=4)
-    for _ in range(4):
-        batch = labelled()
-        train(model, optimizer, [batch])
-        train(twin, by_hand, [batch])
-        schedule.step()
-        other_schedule.step()
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resume_is_exact(dtype, capturable):
@@ -220,16 +134,62 @@ def test_resume_is_exact(dtype, capturable):
             assert value.dtype == again.state[q][key].dtype == torch.float32
 
 
-def test_state_of_another_selection_is_refused():
-    model = Classifier()
-    a, b = (
-        fps.MaskedAdamW(fps.masked_parameters(model, fps.select(model, [images()], scorer=fps.Random(seed))))
-        for seed in (1, 2)
-    )
-    train(model, a, [labelled()])
-    with pytest.raises(ValueError, match="state is of another selection"):
-        b.load_state_dict(a.state_dict())
-    assert not b.state
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_bit_pattern_of_the_others_is_kept(dtype):
+    """Negative zeros, subnormals and the payloads of NaN included."""
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    limits = torch.iinfo(integer)
+    bits = torch.randint(limits.min, limits.max, (33, 50), dtype=integer)
+    module, mask = nn.Module(), torch.rand(33, 50) < 0.1
+    module.w = nn.Parameter(torch.where(mask, torch.ones((), dtype=dtype), bits.view(dtype)))
+    bits = module.w.detach().clone().view(integer)
+    optimizer = fps.MaskedAdamW(fps.masked_parameters(module, {"w": mask}), **RATES)
+    for _ in range(3):
+        module.w.grad = torch.randn(33, 50).to(dtype)
+        optimizer.step()
+    moved = module.w.detach().view(integer) != bits
+    assert not moved[~mask].any()
+    assert moved[mask].any()
+
+
+def test_a_model_that_changes_its_dtype():
+    model = nn.Linear(4, 4)
+    optimizer = fps.MaskedAdamW(model.parameters(), lr=0.1)
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert torch.equal(optimizer.state[model.weight]["master"].view(4, 4).bfloat16(), model.weight)
+
+
+def test_a_view_of_the_same_memory_with_other_strides():
+    parameter = nn.Parameter(torch.randn(2, 2, 3, 3))
+    mask = torch.rand(2, 2, 3, 3) < 0.3
+    module = nn.Module()
+    module.w = parameter
+    optimizer = fps.MaskedAdamW(fps.masked_parameters(module, {"w": mask}), **RATES)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    parameter.data = parameter.data.transpose(2, 3)
+    before = parameter.detach().clone()
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert torch.equal(parameter != before, mask)
+
+
+def test_sizes_of_zero_and_scalars():
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in ((0, 5), (5, 0), (0,), ())]
+    optimizer = fps.MaskedAdamW(parameters, lr=0.1, weight_decay=0)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.testing.assert_close(parameters[3].detach(), torch.tensor(0.9))
+    module = nn.Linear(3, 3)
+    nothing = fps.MaskedAdamW(fps.masked_parameters(module, {"weight": torch.zeros(3, 3).bool()}))
+    module.weight.grad = torch.ones(3, 3)
+    nothing.step()
+    nothing.load_state_dict(nothing.state_dict())
 
 
 def test_deep_copies_are_independent():
@@ -256,13 +216,6 @@ def test_parameters_that_move_in_memory():
     assert_only_selected_moved(model, before, selected_like(optimizer, model))
 
 
-def selected_like(optimizer: fps.MaskedAdamW, model: nn.Module) -> Selection:
-    names = {p: n for n, p in model.named_parameters()}
-    found = {names[p]: entries for p, entries in optimizer.selections().items()}
-    partial = {n: e for n, e in found.items() if e.density < 1}
-    return Selection(partial, tuple(n for n in found if n not in partial))
-
-
 def test_gradients_that_are_missing_are_skipped():
     model = Classifier()
     optimizer = fps.MaskedAdamW(fps.masked_parameters(model, selected(model)), **RATES)
@@ -274,24 +227,6 @@ def test_gradients_that_are_missing_are_skipped():
     assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == {"hidden.weight"}
 
 
-def test_closure_and_gradient_clipping():
-    model = Classifier()
-    optimizer = fps.MaskedAdamW(fps.masked_parameters(model, selected(model)), **RATES)
-    batch = labelled()
-
-    def closure():
-        optimizer.zero_grad()
-        loss = loss_of(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        return loss
-
-    first = optimizer.step(closure)
-    for _ in range(20):
-        last = optimizer.step(closure)
-    assert last < first
-
-
 def test_saved_activations_notice_the_update():
     """The step bumps the version of the weights, so that a backward through stale values is an error and not a lie."""
     model = Classifier()
@@ -301,122 +236,3 @@ def test_saved_activations_notice_the_update():
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_grad_scaler_skips_steps_with_infinite_gradients():
-    model = Classifier()
-    before = copy_of(model)
-    optimizer = fps.MaskedAdamW(fps.masked_parameters(model, selected(model)), **RATES)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    batch = labelled()
-    scaler.scale(loss_of(model, batch)).backward()
-    model.hidden.weight.grad[0, 0] = float("inf")
-    scaler.step(optimizer)
-    scaler.update()
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert scaler.get_scale() == 2.0**9
-
-    twin = copy.deepcopy(model)
-    plain = fps.MaskedAdamW(fps.masked_parameters(twin, selected_like(optimizer, model)), **RATES)
-    optimizer.zero_grad()
-    scaler.scale(loss_of(model, batch)).backward()
-    scaler.step(optimizer)
-    train(twin, plain, [batch])
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
-
-
-def test_bad_input():
-    model = Classifier()
-    selection = selected(model)
-    groups = fps.masked_parameters(model, selection)
-    for kwargs, match in (
-        ({"lr": -1.0}, "lr must not be negative"),
-        ({"lr": float("nan")}, "lr must not be negative"),
-        ({"betas": (1.0, 0.9)}, r"betas must lie in \[0, 1\)"),
-        ({"eps": -1e-8}, "eps must not be negative"),
-        ({"weight_decay": -0.1}, "weight_decay must not be negative"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            fps.MaskedAdamW(groups, **kwargs)
-    with pytest.raises(ValueError, match="another model: this one has no parameter"):
-        fps.masked_parameters(nn.Linear(3, 3), selection)
-    with pytest.raises(ValueError, match="the selection is empty"):
-        fps.masked_parameters(model, {})
-    with pytest.raises(ValueError, match="embed.weight is selected but does not require gradients"):
-        frozen = Classifier()
-        frozen.embed.requires_grad_(False)
-        fps.masked_parameters(frozen, selection)
-    with pytest.raises(TypeError, match=r"params\[0\] must be float32, bfloat16 or float16, got torch.float64"):
-        fps.MaskedAdamW([nn.Parameter(torch.ones(2, dtype=torch.float64))])
-    with pytest.raises(ValueError, match=r"has shape \[20, 12\], its selection is for \[12, 20\]"):
-        fps.MaskedAdamW([{"params": [model.hidden.weight], "selections": [selection["out.weight"]]}])
-    with pytest.raises(ValueError, match="sparse"):
-        embedding = nn.Embedding(4, 3, sparse=True)
-        optimizer = fps.MaskedAdamW(embedding.parameters())
-        embedding(torch.tensor([1])).sum().backward()
-        optimizer.step()
-
-
-def test_accelerate():
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model = Classifier()
-    before, selection = copy_of(model), selected(model)
-    optimizer = fps.MaskedAdamW(fps.masked_parameters(model, selection), **RATES)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*labelled(24)), batch_size=6)
-    prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    for batch in loader:
-        with accelerator.accumulate(prepared):
-            optimizer.zero_grad()
-            accelerator.backward(loss_of(prepared, batch))
-            accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
-            optimizer.step()
-    assert_only_selected_moved(model, before, selection)
-
-
-def test_timm():
-    from timm.scheduler import CosineLRScheduler
-    from timm.utils import ModelEmaV3, NativeScaler
-
-    model = Classifier()
-    before, selection = copy_of(model), selected(model)
-    optimizer = fps.MaskedAdamW(fps.masked_parameters(model, selection), **RATES)
-    schedule = CosineLRScheduler(optimizer, t_initial=4, warmup_t=1)
-    average, scaler = ModelEmaV3(model, decay=0.5), NativeScaler(device="cpu")
-    for step in range(4):
-        optimizer.zero_grad()
-        loss = loss_of(model, labelled())
-        scaler(loss, optimizer, clip_grad=1.0, parameters=model.parameters())
-        average.update(model)
-        schedule.step(step + 1)
-    assert_only_selected_moved(model, before, selection)
-    assert not torch.equal(average.module.head.weight, model.head.weight)
-
-
-def test_transformers(tmp_path):
-    import transformers
-
-    config = transformers.ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        image_size=8,
-        patch_size=4,
-        num_labels=3,
-    )
-    model = transformers.ViTForImageClassification(config)
-    rows = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % 3} for i in range(12)]
-    batch = torch.stack([row["pixel_values"] for row in rows])
-    selection = fps.select(model, [{"pixel_values": batch}], budget=fps.PerNeuron(2))
-    before = copy_of(model)
-    optimizer = fps.MaskedAdamW(fps.masked_parameters(model, selection), **RATES)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, num_train_epochs=2, report_to=[], use_cpu=True, save_steps=3
-    )
-    trainer = transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, schedule))
-    trainer.train()
-    assert_only_selected_moved(model, before, selection)

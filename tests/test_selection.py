@@ -91,6 +91,16 @@ def test_set_algebra(first, second, third):
     assert a.overlap(a) == 1.0
 
 
+def test_set_algebra_with_weights_trained_whole():
+    mask = torch.eye(3).bool()
+    some, whole = Selection.from_masks({"w": mask}), Selection({}, dense=("w",))
+    for union in (some | whole, whole | some):
+        assert (dict(union), union.dense) == ({}, ("w",))
+    for common in (some & whole, whole & some):
+        assert torch.equal(common["w"].mask(), mask)
+        assert common.dense == ()
+
+
 def test_selections_of_different_models():
     a, b = (Selection.from_masks({"w": torch.ones(shape, dtype=torch.bool)}) for shape in ((3, 4), (4, 3)))
     for operation in (lambda: a | b, lambda: a & b, lambda: a.overlap(b)):
@@ -146,6 +156,15 @@ def test_save_and_load(tmp_path):
         Selection.load(tmp_path / "stats.safetensors")
 
 
+def test_names_and_choices_that_are_unusual(tmp_path):
+    """One choice of two weights, and names with the separator of the file's keys."""
+    entries = csr([0, 1, 1, 2], [0, 3])
+    Selection({"a:columns": entries, "a": entries, 'é "\n*': entries}).save(tmp_path / "s.safetensors")
+    loaded = Selection.load(tmp_path / "s.safetensors")
+    assert list(loaded) == ["a:columns", "a", 'é "\n*']
+    assert all(torch.equal(w.flat(), entries.flat()) for w in loaded.values())
+
+
 def test_tampered_files_are_refused(tmp_path):
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -176,3 +195,5 @@ def test_bad_masks():
         Selection.from_masks({"w": torch.ones(2, 2)})
     with pytest.raises(TypeError, match="the mask of w must be a boolean tensor, got list"):
         Selection.from_masks({"w": [[True]]})
+    with pytest.raises(TypeError, match="masks must be a mapping of names to boolean tensors, got list"):
+        Selection.from_masks([torch.ones(2, 2, dtype=torch.bool)])
