@@ -64,8 +64,9 @@ def select(
     budget = PerNeuron(1) if budget is None else budget
     if not isinstance(scorer, ColumnScorer | Random):
         raise TypeError(f"scorer must be a scorer such as fps.FPS(), got {scorer!r}")
-    if not isinstance(budget, Budget):
-        raise TypeError(f"budget must be PerNeuron, PerTensor or Global, got {budget!r}")
+    check_budget(budget)
+    if stats is not None and not isinstance(stats, ActivationStats):
+        raise TypeError(f"stats must be ActivationStats, as from fps.calibrate(), got {type(stats).__name__}")
     if (data is None) == (stats is None):
         raise ValueError("give either data or stats" + (", not both" if data is not None else ""))
     check_has_values(model)
@@ -95,6 +96,12 @@ def select(
         chosen = choose(eligible, layouts, budget, factors)
     description = {"scorer": repr(scorer), "budget": repr(budget)}
     return Selection(chosen, dense_names, skipped, dict(stats.tied), description)
+
+
+def check_budget(budget: Any) -> None:
+    """Refuse what is no budget."""
+    if not isinstance(budget, Budget):
+        raise TypeError(f"budget must be PerNeuron, PerTensor or Global, got {budget!r}")
 
 
 def eligible_weights(
@@ -180,18 +187,18 @@ def choose(
     return best_entries(scored, budget)
 
 
-def best_entries(scored: list[ScoredWeight], budget: Budget) -> dict[str, WeightSelection]:
-    """The best entries within the budget, by ``|matrix| * factors``.
+def best_entries(scored: list[ScoredWeight], budget: Budget, what: str = "weight") -> dict[str, WeightSelection]:
+    """The best entries within the budget, by ``|matrix| * factors``; ``what`` names the matrix in errors.
 
     Raises:
         ValueError: a score that is NaN or infinite, with the name of its weight.
     """
     chosen = budget.choose(scored)
-    _check_finite(scored, chosen)
+    _check_finite(scored, chosen, what)
     return chosen
 
 
-def _check_finite(scored: list[ScoredWeight], chosen: dict[str, WeightSelection]) -> None:
+def _check_finite(scored: list[ScoredWeight], chosen: dict[str, WeightSelection], what: str) -> None:
     # NaN and infinity rank first, so that any in a weight that was chosen from is among the chosen.
     checks = {}
     for w in scored:
@@ -204,5 +211,5 @@ def _check_finite(scored: list[ScoredWeight], chosen: dict[str, WeightSelection]
     if checks and not all(torch.stack([c.cpu() for c in checks.values()]).isfinite().tolist()):
         name = next(name for name, c in checks.items() if not c.isfinite())
         w = next(w for w in scored if w.name == name)
-        what = "its factors" if not w.factors.isfinite().all() else "the weight, or an overflow of |weight| * factor"
-        raise ValueError(f"the scores of {name} contain NaN or Inf: check {what}")
+        culprit = f"the {what}, or an overflow of |{what}| * factor" if w.factors.isfinite().all() else "its factors"
+        raise ValueError(f"the scores of {name} contain NaN or Inf: check {culprit}")

@@ -64,7 +64,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     The flags are set without ``train()`` and ``eval()``, which some modules override to do more (LoRA layers merge their
     weights there), and which exported programs refuse.
     """
-    found = [(module, module.training) for module in model.modules()]
+    found = [(module, module.training) for module in model.modules() if hasattr(module, "training")]  # frozen scripts: none
     try:
         for module, _ in found:
             module.training = False

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fps_kernels.budgets import Budget, PerNeuron, ScoredWeight
 from fps_kernels.calibration import tied_names
-from fps_kernels.choosing import best_entries, eligible_weights
+from fps_kernels.choosing import best_entries, check_budget, eligible_weights
 from fps_kernels.forward_pass import (
     ForwardPass,
     batches_of,
@@ -133,16 +133,24 @@ def gps_select(
 
     Raises:
         ValueError: no data, no pair of views, a batch that is no ``(inputs, target)``, no weight to choose from,
-            gradients with NaN or Inf.
+            gradients with NaN or Inf, or a call inside ``torch.inference_mode``.
+        TypeError: a ``loss`` or a budget that is none.
 
     Example:
         >>> selection = fps.gps_select(model, loader, views=fps.gps.random_views, budget=fps.PerNeuron(1))
     """
     if isinstance(loss, str) and loss not in ("contrastive", "cross_entropy"):
         raise ValueError(f"loss must be 'contrastive', 'cross_entropy' or a function, got {loss!r}")
+    if not isinstance(loss, str) and not callable(loss):
+        raise TypeError(f"loss must be 'contrastive', 'cross_entropy' or a function, got {loss!r}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("GPS needs gradients: call it outside torch.inference_mode")
     budget = PerNeuron(1) if budget is None else budget
+    check_budget(budget)
     check_has_values(model)
     eligible, dense_names, skipped = eligible_weights(model, include, exclude, dense)
     layouts: dict[str, MatrixLayout] = {}
@@ -172,7 +180,7 @@ def gps_select(
                 skipped[name] = seen.reason_unused(name, p)
         if not scored:
             raise ValueError("no weight is left to choose from: none got a gradient")
-        chosen = best_entries(scored, budget)
+        chosen = best_entries(scored, budget, "gradient")
     description = {"scorer": f"GPS(loss={loss if isinstance(loss, str) else 'custom'})", "budget": repr(budget)}
     return Selection(chosen, dense_names, skipped, tied_names(model), description)
 
@@ -252,7 +260,9 @@ def _features(model: nn.Module, inputs: Any, feed: Callable[[nn.Module, Any], An
     if not heads:
         return torch.flatten(feed(model, inputs), 1)
     seen: list[Tensor] = []
-    handle = heads[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    handle = heads[0].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0] if args else next(iter(kwargs.values()))), with_kwargs=True
+    )
     try:
         feed(model, inputs)
     finally:

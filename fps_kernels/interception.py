@@ -18,8 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from fps_kernels.matrices import MatrixLayout
 
-_LINEAR = F.linear
-_CONV2D = (F.conv2d, torch.conv2d)
+# The ops are what programs of torch.export call.
+_LINEAR = (F.linear, torch.ops.aten.linear.default)
+_CONV2D = (F.conv2d, torch.conv2d, torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
+_ADDMM = (torch.addmm, torch.ops.aten.addmm.default)
 _LOOKING = ("__set__()", "size()", "dim()", "stride()", "numel()", "is_contiguous()", "type()")  # not a use
 
 
@@ -154,11 +156,11 @@ class WeightInterception(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _OPEN_ATTENTION(*args, **kwargs)
-        if func is _LINEAR:
+        if func in _LINEAR:
             self._linear(*args, **kwargs)
         elif func in _CONV2D:
             self._conv2d(*args, **kwargs)
-        elif func is torch.addmm:
+        elif func in _ADDMM:
             self._addmm(*args, **kwargs)
         else:
             return self._other(func, args, kwargs)

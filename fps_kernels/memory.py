@@ -63,20 +63,20 @@ class _LiveTensors(TorchDispatchMode):
         result = func(*args, **kwargs)
         for tensor in pytree.tree_leaves((result, args)):  # args: an operation may grow an argument in place
             if isinstance(tensor, Tensor):
-                self._track(tensor)
+                for storage in _storages(tensor):
+                    self._track(storage)
         self.peak = max(self.peak, self.live)
         return result
 
     def existing(self, tensor: Tensor) -> None:
         """Count a tensor that this mode did not see being made: it has been there all along."""
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._sizes:
-            self._track(tensor)
-            self.before += storage.nbytes()
-            self.peak += storage.nbytes()
+        for storage in _storages(tensor):
+            if storage._cdata not in self._sizes:
+                self._track(storage)
+                self.before += storage.nbytes()
+                self.peak += storage.nbytes()
 
-    def _track(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+    def _track(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         known = self._sizes.get(key)
         if known is None:
@@ -86,6 +86,19 @@ class _LiveTensors(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
+
+
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    if tensor.layout == torch.strided:
+        yield tensor.untyped_storage()
+    elif tensor.layout == torch.sparse_coo:
+        yield tensor._indices().untyped_storage()
+        yield tensor._values().untyped_storage()
+    else:
+        rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+        yield (tensor.crow_indices() if rows else tensor.ccol_indices()).untyped_storage()
+        yield (tensor.col_indices() if rows else tensor.row_indices()).untyped_storage()
+        yield tensor.values().untyped_storage()
 
 
 def _tensors(existing: Iterable[nn.Module | Tensor]) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ A column scorer gives every entry the score ``s_ij = |w_ij| * c_j`` with one fac
 can choose without a score matrix. :class:`Random` draws its entries instead and exists for comparison.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -103,6 +104,8 @@ class GrowthDriven(ColumnScorer):
     ord = 1
 
     def __post_init__(self) -> None:
+        if not isinstance(self.anchor, ActivationStats):
+            raise TypeError(f"anchor must be ActivationStats, as from fps.calibrate(), got {type(self.anchor).__name__}")
         if self.anchor.ord != 1:
             raise ValueError(f"anchor must have ord=1, got ord={self.anchor.ord}")
         if not self.eps > 0:
@@ -114,10 +117,12 @@ class GrowthDriven(ColumnScorer):
     def factors(self, stats: ActivationStats, name: str) -> Tensor:
         if name not in self.anchor:
             raise ValueError(f"anchor has no statistics of {name}: is it of the same model?")
-        now = stats[name].mean()
-        before = self.anchor[name].mean().to(now.device)
-        if before.shape != now.shape:
-            raise ValueError(f"anchor has shape {list(before.shape)} for {name}, expected {list(now.shape)}")
+        if self.anchor[name].layout != stats[name].layout:
+            raise ValueError(f"anchor has {self.anchor[name].layout} for {name}, expected {stats[name].layout}")
+        now, before = stats[name].mean(), self.anchor[name].mean()
+        blocks = math.lcm(len(now), len(before))  # an attention may have had one input then, and three now
+        now = now.repeat_interleave(blocks // len(now), 0)
+        before = before.repeat_interleave(blocks // len(before), 0).to(now.device)
         scale = torch.maximum(before.mean(), now.mean()).clamp(min=torch.finfo(torch.float32).tiny)
         return now / (before + self.eps * scale)
 

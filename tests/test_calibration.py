@@ -149,6 +149,12 @@ def test_compiled_models_are_seen():
     assert {name.removeprefix("_orig_mod.") for name in stats} == set(fps.calibrate(model, [x]))
 
 
+def test_exported_programs_are_seen():
+    model, x = Classifier(), images()
+    program = torch.export.export(model.eval(), (x,)).module()
+    assert_same(fps.calibrate(program, [x]), fps.calibrate(model, [x]))
+
+
 def test_the_model_is_left_as_found():
     model = Classifier().train()
     model.norm.eval()

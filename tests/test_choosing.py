@@ -88,6 +88,8 @@ def test_growth_driven():
     assert torch.equal(selection["hidden.weight"].columns.long(), best)
     with pytest.raises(ValueError, match="anchor must have ord=1"):
         fps.GrowthDriven(fps.calibrate(model, data, ord=2))
+    with pytest.raises(TypeError, match="anchor must be ActivationStats"):
+        fps.GrowthDriven("anchor.safetensors")
     with pytest.raises(ValueError, match="eps must be positive"):
         fps.GrowthDriven(anchor, eps=0)
     with pytest.raises(ValueError, match=r"anchor has no statistics of embed.weight"):
@@ -102,6 +104,18 @@ def test_a_column_that_was_silent_in_pre_training():
     assert selection["weight"].columns.tolist() == [2, 2, 2]
     everything_silent = fps.GrowthDriven(fps.calibrate(model, [torch.zeros(1, 4)]))
     assert fps.select(model, [torch.ones(1, 4)], scorer=everything_silent).nnz == 3
+
+
+def test_an_anchor_with_other_blocks_of_rows():
+    """Attention of an input to itself multiplies all rows with one input; attention to another input has three."""
+    attention, x, y = nn.MultiheadAttention(8, 2), torch.rand(3, 2, 8), torch.rand(3, 2, 8)
+    one = fps.calibrate(attention, [x], forward=lambda m, q: m(q, q, q))
+    three = fps.calibrate(attention, [x], forward=lambda m, q: m(q, y, y))
+    assert (len(one["in_proj_weight"].norm), len(three["in_proj_weight"].norm)) == (1, 3)
+    for anchor, now in ((one, three), (three, one)):
+        factors = fps.GrowthDriven(anchor).factors(now, "in_proj_weight")
+        expected = now["in_proj_weight"].mean() / anchor["in_proj_weight"].mean()
+        torch.testing.assert_close(factors, expected, rtol=1e-4, atol=0)
 
 
 def test_grouped_convolutions_use_the_factors_of_their_group():
@@ -189,6 +203,7 @@ def test_bad_input():
         ({"data": data, "stats": fps.calibrate(model, data)}, ValueError, "not both"),
         ({"stats": fps.calibrate(model, data, ord=2)}, ValueError, r"stats has ord=2.0, but FPS\(\) needs ord=1"),
         ({"stats": fps.calibrate(nn.Linear(8, 3), data)}, ValueError, "stats are of another model"),
+        ({"stats": {}}, TypeError, "stats must be ActivationStats, as from fps.calibrate"),
         ({"data": data, "budget": fps.PerNeuron(13)}, ValueError, r"k=13 exceeds the 12 columns of hidden.weight"),
         ({"data": data, "budget": 0.01}, TypeError, "budget must be PerNeuron, PerTensor or Global, got 0.01"),
         ({"data": data, "scorer": "fps"}, TypeError, "scorer must be a scorer"),

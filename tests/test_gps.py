@@ -126,6 +126,39 @@ def test_compiled_models_are_seen():
     assert all(torch.equal(a.columns, b.columns) for a, b in zip(selection.values(), expected.values(), strict=True))
 
 
+def test_heads_that_are_called_by_keyword():
+    class ByKeyword(Classifier):
+        def forward(self, x):
+            x = self.norm(self.embed(x).flatten(2).transpose(1, 2))
+            return self.head(input=x.mean(1))
+
+    assert "embed.weight" in fps.gps_select(ByKeyword(), [labelled()], views=gps.random_views)
+
+
+def test_an_interruption_leaves_nothing_behind():
+    model = Classifier().train()
+    model.embed.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+
+    def interrupted(m, inputs):
+        output = m(inputs)
+        if output.requires_grad:
+            output.sum().backward()
+        raise KeyboardInterrupt
+
+    for run in (
+        lambda: fps.gps_select(model, [labelled()], loss="cross_entropy", forward=interrupted),
+        lambda: fps.select(model, [images()], forward=interrupted),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert [p.requires_grad for p in model.parameters()] == flags
+        assert all(p.grad is None for p in model.parameters())
+        assert all(module.training for module in model.modules())
+        assert torch.is_grad_enabled()
+        assert torch._C._len_torch_function_stack() == 0
+
+
 def test_models_without_a_head():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Tanh(), nn.Linear(6, 4))
     assert fps.gps_select(model, [labelled()], views=gps.random_views).nnz == 10
@@ -140,7 +173,19 @@ def test_bad_input():
         ({"data": []}, "data gave no batch"),
         ({"data": [labelled()], "loss": "cross_entropy", "micro_batch": 0}, "micro_batch must be at least 1"),
         ({"data": [labelled()], "loss": "cross_entropy", "budget": fps.PerNeuron(13)}, "exceeds the 12 columns of hidden"),
-        ({"data": [labelled()], "loss": lambda o, t: o.sum() * float("nan")}, "scores of embed.weight contain NaN"),
+        (
+            {"data": [labelled()], "loss": lambda o, t: o.sum() * float("nan")},
+            "scores of embed.weight contain NaN or Inf: check the gradient",
+        ),
+        ({"data": [labelled()], "temperature": 0.0}, "temperature must be positive, got 0.0"),
     ):
         with pytest.raises(ValueError, match=match):
             fps.gps_select(model, **arguments)
+    for arguments, match in (
+        ({"loss": 3}, "loss must be 'contrastive', 'cross_entropy' or a function, got 3"),
+        ({"budget": 0.1}, "budget must be PerNeuron, PerTensor or Global, got 0.1"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            fps.gps_select(model, [labelled()], **arguments)
+    with pytest.raises(ValueError, match="outside torch.inference_mode"), torch.inference_mode():
+        fps.gps_select(model, [labelled()])

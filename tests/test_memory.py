@@ -38,6 +38,21 @@ def test_views_and_in_place_operations_are_free():
     assert measure(program).peak == 4 * KB
 
 
+@pytest.mark.parametrize(
+    ("convert", "bytes_of_indices"),
+    [  # the compressed ones keep both rows of the coordinates they were made from, beside their offsets
+        (torch.Tensor.to_sparse, 2 * 8 * 5),
+        (torch.Tensor.to_sparse_csr, 2 * 8 * 5 + 8 * 6),
+        (torch.Tensor.to_sparse_csc, 2 * 8 * 5 + 8 * 6),
+    ],
+)
+def test_sparse_tensors_own_their_indices_and_values(convert, bytes_of_indices):
+    sparse = convert(torch.eye(5))
+    report = measure(lambda: None, existing=[sparse])
+    assert report.before == bytes_of_indices + 4 * 5
+    assert measure(lambda: convert(torch.eye(5)) * 2).peak >= bytes_of_indices + 4 * 5
+
+
 def test_what_lived_before_counts_once():
     x, unused = kilobytes(4), kilobytes(8)
     assert measure(lambda: x + x).peak == 8 * KB
