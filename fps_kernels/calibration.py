@@ -270,7 +270,8 @@ def calibrate(
         ord: 1 sums magnitudes (FPS), 2 sums squares (Wanda), ``inf`` keeps the largest magnitude.
         forward: ``forward(model, batch)`` runs a batch your way instead.
         micro_batch: split every batch into pieces of this many samples, to bound memory. Sums do not change beyond
-            rounding. Tensors whose first dimension is the batch's are split.
+            rounding. The first tensor of a batch tells how many samples it has; every tensor whose first dimension is
+            that long is split.
         max_batches: stop after so many batches.
         progress: show a progress bar; ``None`` shows it on a terminal.
 
@@ -279,7 +280,7 @@ def calibrate(
 
     Raises:
         ValueError: no data, a batch that the model cannot take, parameters without values, activations with NaN or Inf.
-        TypeError: activations of a dtype other than float32, bfloat16 and float16.
+        TypeError: ``data`` that is a single batch, or activations of a dtype other than float32, bfloat16 and float16.
 
     Example:
         >>> stats = fps.calibrate(model, loader, micro_batch=8)

@@ -77,6 +77,9 @@ class MaskedAdamW(Optimizer):
     entries only. On them it follows ``torch.optim.AdamW``. Parameters without a selection are tuned whole, by the same
     kernel. A step is one kernel launch on a GPU, safe under CUDA graph capture with ``capturable=True``.
 
+    The chosen entries of a 16-bit weight follow their master values from the first step on: whoever writes such a weight
+    later (``model.load_state_dict``) has to load the optimizer's state as well, or drop ``optimizer.state[weight]``.
+
     Args:
         params: groups from :func:`masked_parameters`; plain parameters and groups without ``selections`` are tuned whole.
         lr: learning rate; a tensor on the parameters' device makes changes visible to a captured CUDA graph.
