@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t PANEL = 1024;             // columns: the float32 sums of a panel stay in the L1 cache
 constexpr int64_t CHUNK_ELEMENTS = 1 << 16; // enough work to be worth a thread's while
 constexpr int64_t MAX_CHUNKS = 64;
+constexpr int64_t ADDED_AT_ONCE = 128; // columns
 constexpr int64_t MAX_PARTIALS = (1 << 20) / sizeof(double);
 
 template <int ORDER, class T>
@@ -47,8 +48,11 @@ template <int ORDER, class T> int column_norm_of(const fps::Matrix& x, double* a
             failed = 1;
         }
         float sums[PANEL];
+        // Last rows first: they were written last, so that they may still be in the cache, and the first rows, which what
+        // runs next reads first, are left there.
 #pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < chunks * panels; ++item) {
+        for (int64_t left = chunks * panels; left > 0; --left) {
+            const int64_t item = left - 1;
             const int64_t chunk = item / panels, first = item % panels * PANEL, cols = least(PANEL, x.cols - first);
             double* into = acc + first;
             if (chunks > 1) {
@@ -58,11 +62,14 @@ template <int ORDER, class T> int column_norm_of(const fps::Matrix& x, double* a
             if (tile)
                 sum_chunk<ORDER>(x, chunk * chunk_rows, least((chunk + 1) * chunk_rows, x.rows), first, cols, sums, tile.data, into);
         }
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < ceil_div(x.cols, ADDED_AT_ONCE); ++block) {
+            const int64_t first = block * ADDED_AT_ONCE, last = least(first + ADDED_AT_ONCE, x.cols);
+            for (int64_t chunk = 0; chunks > 1 && !failed && chunk < chunks; ++chunk)
+                for (int64_t j = first; j < last; ++j) combine(inf, partials.data[chunk * x.cols + j], acc + j);
+        }
     }
-    if (failed) return fps::OUT_OF_MEMORY;
-    for (int64_t chunk = 0; chunks > 1 && chunk < chunks; ++chunk)
-        for (int64_t j = 0; j < x.cols; ++j) combine(inf, partials.data[chunk * x.cols + j], acc + j);
-    return fps::OK;
+    return failed ? fps::OUT_OF_MEMORY : fps::OK;
 }
 
 } // namespace
