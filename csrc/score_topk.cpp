@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int64_t SMALL_K = 32;
+constexpr int64_t AHEAD = 4096; // elements: top-1 needs about 0.1 ns for each, and memory answers after some 100 ns
 
 struct RowScratch {
     int32_t* keys;  // padded(cols)
@@ -91,16 +92,40 @@ template <int SMALL> void keep_best(const RowScratch& row, int64_t n, int64_t k,
     memcpy(columns, best, (size_t)k * sizeof(int32_t));
 }
 
+// The column of the largest key. Every lane keeps its largest key and where it was first seen; the keys are not stored.
+// `ahead` is what will be read soon: it is asked for in the second-level cache.
+template <class T> int32_t top1_of_row(const T* w, const float* a, int64_t cols, const T* ahead) {
+    constexpr int CHAINS = 4; // independent maxima, so that none waits for the one before
+    I best[CHAINS], at[CHAINS], here[CHAINS];
+    for (int i = 0; i < CHAINS; ++i) best[i] = broadcast(-1), at[i] = broadcast(0);
+    const I lane = iota();
+    int64_t j = 0;
+    for (; j + CHAINS * LANES <= cols; j += CHAINS * LANES) {
+        for (int i = 0; i < CHAINS; ++i) {
+            __builtin_prefetch(ahead + j + i * LANES, 0, 2);
+            here[i] = keys(load(w + j + i * LANES), load(a + j + i * LANES));
+            at[i] = here[i] > best[i] ? lane + broadcast((int32_t)(j + i * LANES)) : at[i];
+            best[i] = max(best[i], here[i]);
+        }
+    }
+    for_keys(w + j, a + j, cols - j, [&](int64_t more, I last) {
+        at[0] = last > best[0] ? lane + broadcast((int32_t)(j + more)) : at[0];
+        best[0] = max(best[0], last);
+    });
+    I highest = best[0];
+    for (int i = 1; i < CHAINS; ++i) highest = max(highest, best[i]);
+    highest = broadcast(max_lane(highest));
+    int32_t column = INT32_MAX;
+    for (int i = 0; i < CHAINS; ++i)
+        for (Mask m = eq(best[i], highest); m; m &= m - 1) column = (int32_t)least(column, at[i][__builtin_ctz(m)]);
+    return column;
+}
+
 template <int GROUPS, class T>
 void topk_of_row(const T* w, const float* a, int64_t cols, int64_t k, const RowScratch& row, int32_t* columns) {
     int32_t maxima[GROUPS];
     store_keys<GROUPS>(w, a, cols, row.keys, maxima);
-    if (k == 1) {
-        const I highest = broadcast(highest_of<GROUPS>(maxima));
-        int64_t j = 0;
-        while (!eq(load_ints(row.keys + j), highest)) j += LANES;
-        columns[0] = (int32_t)(j + __builtin_ctz(eq(load_ints(row.keys + j), highest)));
-    } else if (k <= SMALL_K) {
+    if (k <= SMALL_K) {
         const int32_t bound = kth_of_few<GROUPS>(maxima, GROUPS, k);
         const int64_t n = reach(row, cols, bound < 0 ? 0 : bound, w + cols); // 0 also leaves out the lanes beyond the row
         if (n == k) {
@@ -143,7 +168,9 @@ template <class T> int score_topk_of(const fps::Matrix& w, int64_t k, int32_t* c
             const int64_t begin = chunk * chunk_rows, end = least(begin + chunk_rows, w.rows);
             for_rows((const T*)w.data, w.row_stride, w.col_stride, begin, end, w.cols, tile.data, [&](int64_t i, const T* elements) {
                 const float* a = factors_of_row(w, i);
-                if (k <= 8)
+                if (k == 1)
+                    columns[i] = top1_of_row(elements, a, w.cols, elements + AHEAD);
+                else if (k <= 8)
                     topk_of_row<32>(elements, a, w.cols, k, row, columns + i * k);
                 else
                     topk_of_row<64>(elements, a, w.cols, k, row, columns + i * k);

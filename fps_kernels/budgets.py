@@ -72,6 +72,8 @@ class PerNeuron:
                 f"k={self.k} exceeds the {layout.shape[1]} columns of {name}: choose a smaller k, or leave it out with "
                 f"exclude={name!r}"
             )
+        if self.k * layout.shape[0] > ops.MAX_NNZ:
+            raise ValueError(f"k={self.k} for the {layout.shape[0]} rows of {name} is more than 2**31 - 1 entries")
 
     def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
         """The best entries of every weight."""
@@ -79,7 +81,7 @@ class PerNeuron:
         for w in weights:
             columns = ops.score_topk(w.matrix, w.factors, int(self.k))
             row_offsets = torch.arange(columns.shape[0] + 1, device=columns.device, dtype=torch.int32) * self.k
-            chosen[w.name] = WeightSelection(w.layout, row_offsets, columns.flatten())
+            chosen[w.name] = WeightSelection.trusted(w.layout, row_offsets, columns.flatten())
         return chosen
 
     def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
@@ -190,7 +192,7 @@ def _choose_best(weights: list[ScoredWeight], count: int) -> dict[str, WeightSel
         ties = min(ties_left, n_same)
         ties_left -= ties
         csr = ops.score_select(matrix, w.factors, threshold, ties, n_above + ties)
-        chosen[w.name] = WeightSelection(w.layout, *csr)
+        chosen[w.name] = WeightSelection.trusted(w.layout, *csr)
     return chosen
 
 

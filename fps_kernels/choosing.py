@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fps_kernels.budgets import Budget, PerNeuron, ScoredWeight
+from fps_kernels.budgets import Budget, Global, PerNeuron, ScoredWeight
 from fps_kernels.calibration import ActivationStats, calibrate
 from fps_kernels.forward_pass import Forward, check_has_values, matrix_parameters
 from fps_kernels.matrices import MatrixLayout, is_simulated, unfit
@@ -193,23 +193,24 @@ def best_entries(scored: list[ScoredWeight], budget: Budget, what: str = "weight
     Raises:
         ValueError: a score that is NaN or infinite, with the name of its weight.
     """
-    chosen = budget.choose(scored)
-    _check_finite(scored, chosen, what)
+    chosen: dict[str, WeightSelection] = {}
+    largest: dict[str, Tensor] = {}
+    # Weights that do not compete go one by one, so that each is still in the cache when its choice is looked at.
+    for group in [scored] if isinstance(budget, Global) else [[w] for w in scored]:
+        chosen |= budget.choose(group)
+        for w in group:
+            if chosen[w.name].nnz and not is_simulated(w.values):
+                largest[w.name] = _largest_score(w, chosen[w.name])
+    # NaN and infinity rank first, so that any in a weight that was chosen from is among the chosen.
+    if largest and not all(torch.stack([score.cpu() for score in largest.values()]).isfinite().tolist()):
+        bad = next(w for w in scored if w.name in largest and not largest[w.name].isfinite())
+        culprit = f"the {what}, or an overflow of |{what}| * factor" if bad.factors.isfinite().all() else "its factors"
+        raise ValueError(f"the scores of {bad.name} contain NaN or Inf: check {culprit}")
     return chosen
 
 
-def _check_finite(scored: list[ScoredWeight], chosen: dict[str, WeightSelection], what: str) -> None:
-    # NaN and infinity rank first, so that any in a weight that was chosen from is among the chosen.
-    checks = {}
-    for w in scored:
-        entries = chosen[w.name]
-        if entries.nnz and not is_simulated(w.values):
-            rows, columns = entries.rows(), entries.columns.long()
-            per_row = w.layout.shape[0] // w.factors.shape[0]
-            score = w.matrix[rows, columns].float() * w.factors[rows // per_row, columns]
-            checks[w.name] = score.abs().amax()
-    if checks and not all(torch.stack([c.cpu() for c in checks.values()]).isfinite().tolist()):
-        name = next(name for name, c in checks.items() if not c.isfinite())
-        w = next(w for w in scored if w.name == name)
-        culprit = f"the {what}, or an overflow of |{what}| * factor" if w.factors.isfinite().all() else "its factors"
-        raise ValueError(f"the scores of {name} contain NaN or Inf: check {culprit}")
+def _largest_score(w: ScoredWeight, entries: WeightSelection) -> Tensor:
+    rows, columns = entries.rows(), entries.columns.long()
+    groups = w.factors.shape[0]
+    factors = w.factors[0, columns] if groups == 1 else w.factors[rows // (w.layout.shape[0] // groups), columns]
+    return (w.matrix[rows, columns].float() * factors).abs_().amax()

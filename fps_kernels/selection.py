@@ -62,6 +62,14 @@ class WeightSelection:
             if bool(descends.any()):
                 raise ValueError("columns must ascend, without repetition, within each row")
 
+    @classmethod
+    def trusted(cls, layout: MatrixLayout, row_offsets: Tensor, columns: Tensor) -> "WeightSelection":
+        """Without any check: for indices that an op made, or that were checked before."""
+        made = object.__new__(cls)
+        for name, value in (("layout", layout), ("row_offsets", row_offsets), ("columns", columns)):
+            object.__setattr__(made, name, value)
+        return made
+
     @property
     def nnz(self) -> int:
         """Number of chosen entries."""
@@ -94,7 +102,7 @@ class WeightSelection:
         """The same entries with their indices on ``device``."""
         if self.columns.device == torch.device(device):
             return self
-        return WeightSelection(self.layout, self.row_offsets.to(device), self.columns.to(device))
+        return WeightSelection.trusted(self.layout, self.row_offsets.to(device), self.columns.to(device))
 
     @classmethod
     def from_flat(cls, layout: MatrixLayout, flat: Tensor) -> "WeightSelection":

@@ -11,6 +11,7 @@ from torch import nn
 
 import fps_kernels as fps
 from fps_kernels.budgets import _draw_distinct
+from fps_kernels.matrices import MatrixLayout
 from tests.models import Classifier, images, labelled
 
 WEIGHTS = {"embed.weight": (12, 48), "hidden.weight": (20, 12), "out.weight": (12, 20)}
@@ -248,6 +249,11 @@ def test_non_finite_weights_name_the_layer(bad, budget):
     stats = fps.calibrate(Classifier(), [images()])
     with pytest.raises(ValueError, match="the scores of out.weight contain NaN or Inf"):
         fps.select(model, stats=stats, budget=budget)
+
+
+def test_more_entries_than_int32_can_count():
+    with pytest.raises(ValueError, match=r"k=2048 for the 1048576 rows of w is more than 2\*\*31 - 1 entries"):
+        fps.PerNeuron(2048).check("w", MatrixLayout((2**20, 4096)))
 
 
 def test_integer_weights():

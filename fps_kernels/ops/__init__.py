@@ -35,6 +35,7 @@ from fps_kernels.ops._dispatch import (
 
 __all__ = [
     "FLOAT_DTYPES",
+    "MAX_NNZ",
     "ORDS",
     "BackendUnavailableError",
     "backend_for",
