@@ -30,9 +30,9 @@ def main() -> None:
         ] = None,
         k: Annotated[int, typer.Option(min=1, help="Entries tuned per output neuron.")] = 4,
         epochs: Annotated[int | None, typer.Option(min=1, help="30 for digits, 8 for a folder.")] = None,
-        batch_size: Annotated[int | None, typer.Option(min=1, help="20 for digits, 64 for a folder.")] = None,
+        batch_size: Annotated[int | None, typer.Option(min=1, help="20 for digits, 32 for a folder.")] = None,
         seeds: Annotated[int | None, typer.Option(min=1, help="Repetitions: 3 for digits, 1 for a folder.")] = None,
-        lr: Annotated[float | None, typer.Option(help="Of sparse choices: 1e-2 for digits, 3e-3 for a folder.")] = None,
+        lr: Annotated[float | None, typer.Option(help="Of sparse choices: 1e-2 for digits, 1e-3 for a folder.")] = None,
         lr_all: Annotated[float | None, typer.Option(help="Of full tuning: 1e-3 for digits, 1e-4 for a folder.")] = None,
         lr_head: Annotated[
             float | None, typer.Option(help="Of head and biases: 1e-2 for digits, 3e-3 for a folder.")
@@ -53,9 +53,9 @@ def main() -> None:
                     image_size=image_size,
                     k=k,
                     epochs=epochs or (8 if folder else 30),
-                    batch_size=batch_size or (64 if folder else 20),
+                    batch_size=batch_size or (32 if folder else 20),
                     seeds=seeds or (1 if folder else 3),
-                    lr=lr or (3e-3 if folder else 1e-2),
+                    lr=lr or (1e-3 if folder else 1e-2),
                     lr_all=lr_all or (1e-4 if folder else 1e-3),
                     lr_head=lr_head or (3e-3 if folder else 1e-2),
                     test_limit=test_limit,

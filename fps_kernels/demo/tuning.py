@@ -55,7 +55,7 @@ def tune(
         model: starting point; it is not changed.
         task: data.
         what: a selection; or ``"head"``, ``"biases"`` (and head), ``"all"``, which train whole parameters.
-        lr: peak of a cosine schedule.
+        lr: peak of a warm-up over a fifth of the steps and a cosine after it.
         epochs: passes over the training images.
         batch_size: images a step.
         seed: of the order of the images.
@@ -66,7 +66,8 @@ def tune(
     optimizer = MaskedAdamW(groups, lr=lr, weight_decay=1e-4)
     trained = sum(entries.nnz for entries in optimizer.selections().values())
     total = epochs * -(-len(task.train) // batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    # Without a warm-up the first steps, which Adam makes full-sized, undo much of what the weights knew.
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(2, total), pct_start=0.2, cycle_momentum=False)
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     for _ in range(epochs):
@@ -74,7 +75,7 @@ def tune(
             optimizer.zero_grad()
             F.cross_entropy(model(images), target).backward()
             optimizer.step()
-            schedule.step()
+            rates.step()
             on_step()
     return Outcome(accuracy(model, task), trained, time.perf_counter() - start)
 
