@@ -97,7 +97,8 @@ def _why_unavailable(name: str, device: torch.device) -> str | None:
     if name == "native":
         if device.type != "cpu":
             return f"the native backend serves CPU tensors, these are on {device}"
-        return _load("native").unavailable_reason()  # type: ignore[no-any-return]
+        reason: str | None = _load("native").unavailable_reason()
+        return reason
     if name == "triton":
         if not _triton_installed():
             return "triton is not installed"
