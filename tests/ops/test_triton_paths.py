@@ -7,8 +7,6 @@ import torch
 
 from fps_kernels.ops import reference
 
-pytest.importorskip("triton")
-
 from fps_kernels.ops import triton as backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
