@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fps_kernels.ops import reference
-
 from fps_kernels.ops import triton as backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
