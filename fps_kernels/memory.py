@@ -51,7 +51,7 @@ class _LiveTensors(TorchDispatchMode):
     """Adds up the storages that operations create, until each is freed."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.before = self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
 

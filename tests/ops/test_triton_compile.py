@@ -7,10 +7,9 @@ import re
 
 import pytest
 import torch
+import triton
 
-triton = pytest.importorskip("triton")
-
-from fps_kernels.ops.triton import aot, cases  # noqa: E402
+from fps_kernels.ops.triton import aot, cases
 
 CASES = {case.name: case for case in cases.cases()}
 SHARED_LIMIT = 48 * 1024  # bytes that every target grants a program without asking; gfx942 has 64 KiB
