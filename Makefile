@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 export FPS_REQUIRE_NATIVE ?= 1
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test lint bench bench-full setup clean
 
 setup: $(SETUP)
 
@@ -28,11 +28,30 @@ test: lint
 	$(BIN)/pytest -q -n 2
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 tests/ops
 
+# Small sizes, into results/*_quick.json; what README and docs show comes from the long ones.
 bench: $(SETUP)
-	$(BIN)/python -m benchmarks.kernels
-	$(BIN)/python -m benchmarks.triton_report
-	$(BIN)/python -m benchmarks.selection_time
+	$(BIN)/python -m benchmarks.kernels --quick
+	$(BIN)/python -m benchmarks.selection_time --quick
 	$(BIN)/python -m benchmarks.memory_vs_gps --quick
+	$(BIN)/python -m benchmarks.training --quick
+	$(BIN)/python -m benchmarks.scaling --quick
+	$(BIN)/python -m benchmarks.deltas --quick
+
+# Hours with DATA="DIR ..." (each with train/ and test/), CHECKPOINT=FILE and ANCHOR=DIR, less without.
+bench-full: $(SETUP)
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.selection_time
+	$(BIN)/python -m benchmarks.memory_vs_gps
+	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.deltas
+	$(BIN)/python -m benchmarks.triton_report
+ifneq ($(and $(DATA),$(CHECKPOINT),$(ANCHOR)),)
+	$(BIN)/python -m benchmarks.accuracy --data $(DATA) --checkpoint $(CHECKPOINT) --anchor $(ANCHOR)
+else
+	@echo 'accuracy is left out: it needs DATA="DIR ...", CHECKPOINT=FILE and ANCHOR=DIR'
+endif
+	$(BIN)/python -m benchmarks.render
 
 clean:
 	rm -rf $(VENV) build

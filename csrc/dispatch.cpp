@@ -14,12 +14,12 @@ namespace {
 
 using namespace fps;
 
-constexpr int ABI = 1; // native.py refuses a library left over from another version
+constexpr int ABI = 2; // native.py refuses a library left over from another version
 
 #define FPS_TABLE(isa)                                                                                                      \
     {                                                                                                                       \
-        isa::column_norm, isa::column_norm_conv2d, isa::score_topk, isa::score_kth, isa::score_select, isa::scatter_values, \
-            isa::masked_adamw                                                                                               \
+        isa::column_norm, isa::column_norm_conv2d, isa::score_topk, isa::score_kth, isa::score_select, isa::sampled_grad,   \
+            isa::scatter_values, isa::masked_adamw                                                                          \
     }
 
 #ifdef FPS_X86
@@ -40,7 +40,7 @@ bool has_f16c_and_lzcnt() {
 int best_isa() {
 #ifdef FPS_X86
     __builtin_cpu_init(); // also asks, through xgetbv, whether the operating system saves the wide registers
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
                       __builtin_cpu_supports("popcnt") && has_f16c_and_lzcnt();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -90,12 +90,18 @@ FPS_API int fps_score_select(const Matrix* w, const float* threshold, int64_t ti
     return kernels().score_select(*w, *threshold, ties, nnz, row_offsets, columns, threads);
 }
 
+FPS_API int fps_sampled_grad(const Images* gy, const Images* x, const Convolution* conv, int64_t groups,
+                             const int32_t* row_offsets, const int32_t* columns, float* grad, int threads) {
+    return kernels().sampled_grad(*gy, *x, *conv, groups, row_offsets, columns, grad, threads);
+}
+
 FPS_API int fps_scatter_values(const Update* w, const void* values, int64_t values_dtype, int threads) {
     return kernels().scatter_values(*w, values, values_dtype, threads);
 }
 
 FPS_API int fps_masked_adamw(const Update* updates, int64_t n, const double* lrs, const double* weight_decays, double beta1,
                              double beta2, double eps, int64_t maximize, const float* grad_scale, const float* found_inf,
-                             int threads) {
-    return kernels().masked_adamw(updates, n, {lrs, weight_decays, beta1, beta2, eps, maximize, grad_scale, found_inf}, threads);
+                             int64_t zero_grads, int threads) {
+    const AdamW how = {lrs, weight_decays, beta1, beta2, eps, maximize, grad_scale, found_inf, zero_grads};
+    return kernels().masked_adamw(updates, n, how, threads);
 }

@@ -39,7 +39,7 @@ struct Convolution { // index 0 is vertical, 1 horizontal
 struct Update { // one tensor of masked_adamw
     void* weight;
     int64_t weight_row_stride, weight_col_stride, weight_dtype;
-    const void* grad; // [rows, cols] with these strides, or [nnz] contiguous where `grad_compact` is set
+    void* grad; // [rows, cols] with these strides, or [nnz] contiguous where `grad_compact` is set
     int64_t grad_row_stride, grad_col_stride, grad_dtype, grad_compact;
     const int32_t* row_offsets; // [rows + 1]
     const int32_t* columns;     // [nnz]
@@ -57,6 +57,7 @@ struct AdamW {
     int64_t maximize;
     const float* grad_scale; // or null
     const float* found_inf;  // or null
+    int64_t zero_grads;      // of the entries that are selected, once they are read
 };
 
 // `threads` is torch's number of threads: it only decides whether to open a parallel region at all.
@@ -67,6 +68,8 @@ struct Kernels {
     int (*score_kth)(const Matrix* w, int64_t n, int64_t k, float* threshold, int64_t* greater, int64_t* equal, int threads);
     int (*score_select)(const Matrix& w, float threshold, int64_t ties, int64_t nnz, int32_t* row_offsets, int32_t* columns,
                         int threads);
+    int (*sampled_grad)(const Images& gy, const Images& x, const Convolution& conv, int64_t groups, const int32_t* row_offsets,
+                        const int32_t* columns, float* grad, int threads);
     int (*scatter_values)(const Update& w, const void* values, int64_t values_dtype, int threads);
     int (*masked_adamw)(const Update* updates, int64_t n, const AdamW& how, int threads);
 };
@@ -78,6 +81,8 @@ struct Kernels {
     int score_topk(const Matrix&, int64_t, int32_t*, int);                                                                  \
     int score_kth(const Matrix*, int64_t, int64_t, float*, int64_t*, int64_t*, int);                                        \
     int score_select(const Matrix&, float, int64_t, int64_t, int32_t*, int32_t*, int);                                      \
+    int sampled_grad(const Images&, const Images&, const Convolution&, int64_t, const int32_t*, const int32_t*, float*,      \
+                     int);                                                                                                  \
     int scatter_values(const Update&, const void*, int64_t, int);                                                           \
     int masked_adamw(const Update*, int64_t, const AdamW&, int);                                                            \
     }

@@ -21,7 +21,7 @@ struct Scalars {
     float root;        // sqrt(1 - beta2^step)
     float eps, beta1, beta2, one_minus_beta1, one_minus_beta2;
     float grad_scale;
-    bool scaled, maximize;
+    bool scaled, maximize, zero_grads;
 };
 
 Scalars scalars_of(const AdamW& how, int64_t tensor, double step) {
@@ -36,7 +36,8 @@ Scalars scalars_of(const AdamW& how, int64_t tensor, double step) {
             (float)(1 - how.beta2),
             how.grad_scale ? *how.grad_scale : 1.0f,
             how.grad_scale != nullptr,
-            how.maximize != 0};
+            how.maximize != 0,
+            how.zero_grads != 0};
 }
 
 // Where the entries of one block lie.
@@ -99,9 +100,28 @@ void adamw(const Scalars s, int64_t n, const float* __restrict grad, float* __re
     }
 }
 
+// Sets the gradients of the n entries from `at` on to zero.
+template <class TG> void zero_grads(bool compact, TG* grad, const Places& places, int64_t at, int64_t n) {
+    if (compact)
+        memset(grad + at, 0, (size_t)n * sizeof(TG));
+    else
+        for (int64_t i = 0; i < n; ++i) grad[places.grad[i]] = TG();
+}
+
+// What is left to do in a step that is skipped.
+template <class TG> void zero_chunk(const Update& u, int64_t begin, int64_t end) {
+    Places places;
+    Walk walk(u, begin);
+    for (int64_t at = begin; at < end; at += BLOCK) {
+        const int64_t n = least(BLOCK, end - at);
+        if (!u.grad_compact) walk.look_ahead<TG, TG>(n, &places);
+        zero_grads(u.grad_compact, (TG*)u.grad, places, at, n);
+    }
+}
+
 template <class TW, class TG> void update_chunk(const Update& u, const Scalars& s, int64_t begin, int64_t end) {
     TW* weight = (TW*)u.weight;
-    const TG* dense = (const TG*)u.grad;
+    TG* from = (TG*)u.grad;
     Places places[2];
     float grad[BLOCK], local[BLOCK];
     Walk walk(u, begin);
@@ -111,9 +131,10 @@ template <class TW, class TG> void update_chunk(const Update& u, const Scalars& 
         if (at + BLOCK < end) walk.look_ahead<TW, TG>(least(BLOCK, end - at - BLOCK), &places[turn ^ 1]);
         const Places& here = places[turn];
         if (u.grad_compact)
-            for (int64_t i = 0; i < n; ++i) grad[i] = to_float(dense[at + i]);
+            for (int64_t i = 0; i < n; ++i) grad[i] = to_float(from[at + i]);
         else
-            for (int64_t i = 0; i < n; ++i) grad[i] = to_float(dense[here.grad[i]]);
+            for (int64_t i = 0; i < n; ++i) grad[i] = to_float(from[here.grad[i]]);
+        if (s.zero_grads) zero_grads(u.grad_compact, from, here, at, n);
         if (s.scaled)
             for (int64_t i = 0; i < n; ++i) grad[i] /= s.grad_scale;
         if (s.maximize)
@@ -161,7 +182,8 @@ int fps::FPS_ISA::scatter_values(const Update& u, const void* values, int64_t va
 }
 
 int fps::FPS_ISA::masked_adamw(const Update* updates, int64_t n, const AdamW& how, int threads) {
-    if (how.found_inf && *how.found_inf != 0) return OK;
+    const bool skipped = how.found_inf && *how.found_inf != 0;
+    if (skipped && !how.zero_grads) return OK;
     int64_t n_chunks = 0;
     for (int64_t t = 0; t < n; ++t) n_chunks += ceil_div(updates[t].nnz, CHUNK);
     Scratch<Scalars> scalars(n);
@@ -169,7 +191,7 @@ int fps::FPS_ISA::masked_adamw(const Update* updates, int64_t n, const AdamW& ho
     if (!scalars || !chunks) return OUT_OF_MEMORY;
     Chunk* to = chunks.data;
     for (int64_t t = 0; t < n; ++t) {
-        *updates[t].step += 1;
+        if (!skipped) *updates[t].step += 1;
         scalars.data[t] = scalars_of(how, t, *updates[t].step);
         for (int64_t begin = 0; begin < updates[t].nnz; begin += CHUNK) *to++ = {t, begin};
     }
@@ -180,7 +202,10 @@ int fps::FPS_ISA::masked_adamw(const Update* updates, int64_t n, const AdamW& ho
         const int64_t begin = chunks.data[c].begin, end = least(begin + CHUNK, u.nnz);
         with_dtype(u.weight_dtype, [&](auto weight) {
             return with_dtype(u.grad_dtype, [&](auto grad) {
-                update_chunk<decltype(weight), decltype(grad)>(u, s, begin, end);
+                if (skipped)
+                    zero_chunk<decltype(grad)>(u, begin, end);
+                else
+                    update_chunk<decltype(weight), decltype(grad)>(u, s, begin, end);
                 return (int)OK;
             });
         });

@@ -1,5 +1,6 @@
 """How many entries, and who competes with whom. Counts are exact, always."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -99,8 +100,38 @@ class PerNeuron:
         return chosen
 
 
+class _EachWeight(ABC):
+    """Every weight has a number of entries of its own, which compete within it."""
+
+    @abstractmethod
+    def count(self, layout: MatrixLayout) -> int:
+        """How many entries of a weight."""
+
+    def check(self, name: str, layout: MatrixLayout) -> None:
+        """Refuse weights that have fewer entries than the budget."""
+        O, C = layout.shape
+        if self.count(layout) > O * C:
+            raise ValueError(
+                f"{self!r} needs {self.count(layout)} entries of {name}, which has {O * C}: choose fewer, or leave it out "
+                f"with exclude={name!r}"
+            )
+
+    def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
+        """The best entries of every weight."""
+        return {name: entries for w in weights for name, entries in _choose_best([w], self.count(w.layout)).items()}
+
+    def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
+        """As many entries, drawn uniformly."""
+        return {
+            name: WeightSelection.from_flat(
+                layout, _draw_distinct(layout.shape[0] * layout.shape[1], self.count(layout), generator)
+            )
+            for name, layout in layouts.items()
+        }
+
+
 @dataclass(frozen=True)
-class PerTensor:
+class PerTensor(_EachWeight):
     """The best ``density`` of the entries of each weight: ``round(density * entries)``, at least one.
 
     Attributes:
@@ -115,25 +146,33 @@ class PerTensor:
     def __post_init__(self) -> None:
         _check_density(self.density)
 
-    def check(self, name: str, layout: MatrixLayout) -> None:
-        """Every weight will do."""
+    def count(self, layout: MatrixLayout) -> int:
+        return _count(self.density, layout.shape[0] * layout.shape[1])
 
-    def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
-        """The best entries of every weight."""
-        return {
-            name: entries
-            for w in weights
-            for name, entries in _choose_best([w], _count(self.density, w.values.numel())).items()
-        }
 
-    def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
-        """As many entries, drawn uniformly."""
-        chosen = {}
-        for name, layout in layouts.items():
-            entries = layout.shape[0] * layout.shape[1]
-            flat = _draw_distinct(entries, _count(self.density, entries), generator)
-            chosen[name] = WeightSelection.from_flat(layout, flat)
-        return chosen
+@dataclass(frozen=True)
+class LikeLoRA(_EachWeight):
+    """As many entries of each weight as LoRA of some rank has numbers there: ``rank * (O + C)``.
+
+    The budget for comparisons at equal size, and that of SHiRA (Bhardwaj et al., NeurIPS 2024) as PEFT has it.
+
+    Attributes:
+        rank: of the LoRA, at least 1; ``rank * (O + C)`` must not exceed the ``O * C`` entries of any weight.
+
+    Example:
+        >>> selection = fps.select(model, loader, budget=fps.LikeLoRA(8), include="blocks.*")
+    """
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, Integral) or isinstance(self.rank, bool):
+            raise TypeError(f"rank must be an integer, got {self.rank!r}")
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+
+    def count(self, layout: MatrixLayout) -> int:
+        return int(self.rank) * sum(layout.shape)
 
 
 @dataclass(frozen=True)
@@ -178,7 +217,7 @@ class Global:
         }
 
 
-Budget = PerNeuron | PerTensor | Global
+Budget = PerNeuron | PerTensor | LikeLoRA | Global
 
 
 def _choose_best(weights: list[ScoredWeight], count: int) -> dict[str, WeightSelection]:

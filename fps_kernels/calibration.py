@@ -1,6 +1,5 @@
 """One forward pass over calibration data: how strongly each column of each weight is driven."""
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -8,16 +7,15 @@ from os import PathLike
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fps_kernels import ops
+from fps_kernels.files import distrusted, read, texts_by_name, whole_number, whole_numbers, write
 from fps_kernels.forward_pass import Forward, UnsupportedInputError, matrix_parameters, run_forward
 from fps_kernels.interception import Convolution, WeightUse
 from fps_kernels.matrices import MatrixLayout, is_simulated
 
-_FORMAT = "fps_kernels.activation_stats.1"
+_FORMAT = "fps_kernels.statistics.1"
 MAX_ROW_BLOCKS = 64
 
 
@@ -146,34 +144,35 @@ class ActivationStats(Mapping[str, WeightStats]):
         self.unused = {name: reason for name, reason in self.unused.items() if name not in reduced}
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write to a safetensors file."""
-        tensors = {name: stats.norm.cpu().contiguous() for name, stats in self.weights.items()}
+        """Write to a safetensors file, at once: whoever is killed meanwhile leaves what was there before."""
+        tensors = {name: stats.norm.to("cpu", copy=True) for name, stats in self.weights.items()}
         described = {
             name: [list(stats.layout.parameter_shape), stats.layout.transposed, list(stats.rows), stats.calls]
             for name, stats in self.weights.items()
         }
         content = {"ord": str(self.ord), "weights": described, "unused": self.unused, "tied": self.tied}
-        save_file(tensors, path, {"format": _FORMAT, "content": json.dumps(content)})
+        write(path, _FORMAT, content, tensors)
 
     @classmethod
     def load(cls, path: str | PathLike[str], device: torch.device | str = "cpu") -> Self:
         """Read a file written by :meth:`save`.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file holds something else, is cut off or was changed.
+            OSError: it cannot be read.
         """
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path} holds no activation statistics: its format is {metadata.get('format')!r}")
-            content = json.loads(metadata["content"])
-            weights = {}
+        content, tensors = read(path, _FORMAT, "activation statistics")
+        with distrusted(path):
+            ord, weights = float(content["ord"]), {}
+            if ord not in ops.ORDS:
+                raise ValueError(f"its ord is {ord}")
             for name, (shape, transposed, rows, calls) in content["weights"].items():
-                layout, norm = MatrixLayout(tuple(shape), transposed), file.get_tensor(name)
-                if norm.shape != (len(rows), layout.shape[1]):
-                    raise ValueError(f"{path}: {name} has norms of shape {list(norm.shape)} for {layout.shape[1]} columns")
-                weights[name] = WeightStats(layout, norm, tuple(rows), calls)
-        return cls(float(content["ord"]), weights, content["unused"], content["tied"])
+                layout, norm = MatrixLayout.described(shape, transposed), tensors[name]
+                counts = whole_numbers(rows)
+                if norm.dtype != torch.float64 or norm.shape != (len(counts), layout.shape[1]):
+                    raise ValueError(f"{name} has norms of {norm.dtype} {list(norm.shape)} for {layout.shape[1]} columns")
+                weights[name] = WeightStats(layout, norm.to(device), counts, whole_number(calls))
+            return cls(ord, weights, texts_by_name(content["unused"]), texts_by_name(content["tied"]))
 
 
 def _combine(a: Tensor, b: Tensor, ord: float) -> Tensor:

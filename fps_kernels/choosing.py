@@ -1,6 +1,7 @@
 """``select``: statistics, a scorer and a budget make a selection."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from fps_kernels.budgets import Budget, Global, PerNeuron, ScoredWeight
 from fps_kernels.calibration import ActivationStats, calibrate
 from fps_kernels.forward_pass import Forward, check_has_values, matrix_parameters
 from fps_kernels.matrices import MatrixLayout, is_simulated, unfit
+from fps_kernels.offloading import brought_in, offloaded_parameters
 from fps_kernels.roles import Patterns, as_patterns, default_dense, matching
 from fps_kernels.scorers import FPS, ColumnScorer, Random, Scorer
 from fps_kernels.selection import Selection, WeightSelection
@@ -35,7 +37,8 @@ def select(
     classifier head and every bias outside norm layers. Frozen: everything else.
 
     Args:
-        model: any module whose parameters hold values. It is left as it was found.
+        model: any module whose parameters hold values, or whose weights accelerate keeps in main memory or on disk: each
+            of them is brought in once more, for its choice. It is left as it was found.
         data: calibration batches, as :func:`calibrate` takes them.
         scorer: what makes an entry worth tuning; :class:`FPS` by default.
         budget: how many entries; ``PerNeuron(1)`` by default.
@@ -48,8 +51,8 @@ def select(
         progress: show a progress bar; ``None`` shows it on a terminal.
 
     Returns:
-        :class:`Selection` with its indices on the devices of the weights. ``.skipped`` says of every other matrix
-        weight why it was not chosen from.
+        :class:`Selection` with its indices on the devices of the weights, of offloaded ones on the CPU. ``.skipped`` says
+        of every other matrix weight why it was not chosen from.
 
     Raises:
         ValueError: neither or both of ``data`` and ``stats``, statistics that do not fit the model or the scorer, a
@@ -88,9 +91,19 @@ def select(
     layouts = usable_layouts(eligible, stats, skipped)
     for name, layout in layouts.items():
         budget.check(name, layout)
+    offloaded = offloaded_parameters(model)
     if isinstance(scorer, Random):
         chosen = budget.draw(layouts, torch.Generator().manual_seed(scorer.seed))
-        chosen = {name: w.to(eligible[name].device) for name, w in chosen.items()}
+        chosen = {name: w if name in offloaded else w.to(eligible[name].device) for name, w in chosen.items()}
+    elif away := offloaded.keys() & layouts.keys():
+        if isinstance(budget, Global):
+            raise ValueError(
+                f"a Global budget compares all weights, and {min(away)} is offloaded: use PerTensor, LikeLoRA or PerNeuron"
+            )
+        chosen = {
+            name: _choose_one(name, eligible[name], offloaded.get(name), layouts[name], budget, scorer, stats)
+            for name in layouts
+        }
     else:
         factors = {name: scorer.factors(stats, name).to(eligible[name].device, torch.float32) for name in layouts}
         chosen = choose(eligible, layouts, budget, factors)
@@ -98,10 +111,26 @@ def select(
     return Selection(chosen, dense_names, skipped, dict(stats.tied), description)
 
 
+def _choose_one(
+    name: str,
+    parameter: nn.Parameter,
+    owner: tuple[nn.Module, str] | None,
+    layout: MatrixLayout,
+    budget: Budget,
+    scorer: ColumnScorer,
+    stats: ActivationStats,
+) -> WeightSelection:
+    """The choice from one weight, which is brought in for it if it is offloaded; indices of those are on the CPU."""
+    with nullcontext(parameter.detach()) if owner is None else brought_in(*owner) as values:
+        factors = scorer.factors(stats, name).to(values.device, torch.float32)
+        chosen = best_entries([ScoredWeight(name, layout, values, factors)], budget)[name]
+        return chosen if owner is None else chosen.to("cpu")
+
+
 def check_budget(budget: Any) -> None:
     """Refuse what is no budget."""
     if not isinstance(budget, Budget):
-        raise TypeError(f"budget must be PerNeuron, PerTensor or Global, got {budget!r}")
+        raise TypeError(f"budget must be PerNeuron, PerTensor, LikeLoRA or Global, got {budget!r}")
 
 
 def eligible_weights(

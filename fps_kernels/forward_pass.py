@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from fps_kernels.interception import WeightInterception, WeightUse
 from fps_kernels.matrices import is_simulated, unfit
+from fps_kernels.offloading import offloaded_parameters
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -111,7 +112,7 @@ def run_forward(
     check_has_values(model)
     parameters = {name: p for name, p in matrix_parameters(model).items() if unfit(p) is None}
     feed = forward or default_forward
-    interception = WeightInterception(parameters, on_use)
+    interception = WeightInterception(parameters, on_use, offloaded_parameters(model))
     with evaluation_mode(model), torch.no_grad(), uncompiled():
         for index, batch in enumerate(itertools.islice(batches_of(data, "calibrate", progress), max_batches)):
             for piece in split_batch(to_device(batch, model_device(model)), micro_batch):
@@ -126,11 +127,12 @@ def uncompiled() -> Any:
 
 
 def check_has_values(model: nn.Module) -> None:
-    """Refuse models whose parameters lie on the meta device or have no shape yet."""
+    """Refuse models whose parameters have no shape yet, or lie on the meta device and are not brought in when needed."""
+    offloaded = offloaded_parameters(model)
     for name, p in model.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(f"{name} has no shape yet: run the model once, so that its lazy modules are initialised")
-        if p.is_meta and not is_simulated(p):
+        if p.is_meta and not is_simulated(p) and name not in offloaded:
             raise ValueError(f"{name} is on the meta device and has no values: load the weights first")
 
 
@@ -146,8 +148,8 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """The device of the first parameter, where inputs go."""
-    first = next(model.parameters(), None)
+    """The device of the first parameter that is there, where inputs go."""
+    first = next((p for p in model.parameters() if not p.is_meta), None)
     return first.device if first is not None else torch.device("cpu")
 
 

@@ -55,23 +55,33 @@ class WeightUse:
     convolution: Convolution | None
 
 
-def _open_attention() -> Callable[..., Any]:
-    """``F.multi_head_attention_forward`` without its own check for overrides, so that a mode sees what it calls."""
-    closed = F.multi_head_attention_forward
-    scope = dict(closed.__globals__)
-    scope["has_torch_function"] = lambda _: False
-    opened = types.FunctionType(closed.__code__, scope, closed.__name__, closed.__defaults__, closed.__closure__)
-    opened.__kwdefaults__ = closed.__kwdefaults__
-    return opened
+def opened_attention(linear: Callable[..., Tensor] = F.linear) -> Callable[..., Any]:
+    """``F.multi_head_attention_forward`` without its own check for overrides, so that what it calls can be seen.
+
+    Args:
+        linear: what its projections call.
+    """
+    scope = dict(F.multi_head_attention_forward.__globals__)
+    scope |= {"has_torch_function": lambda _: False, "linear": linear}
+
+    def opened(closed: Any) -> Callable[..., Any]:
+        function = types.FunctionType(closed.__code__, scope, closed.__name__, closed.__defaults__, closed.__closure__)
+        function.__kwdefaults__ = closed.__kwdefaults__
+        return function
+
+    for name in ("_in_projection_packed", "_in_projection"):
+        scope[name] = opened(scope[name])
+    return opened(F.multi_head_attention_forward)
 
 
-_OPEN_ATTENTION = _open_attention()
+_OPEN_ATTENTION = opened_attention()
 
 
 class WeightTable:
     """Finds the parameter that a tensor is, or is some rows of."""
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], owners: Mapping[str, tuple[torch.nn.Module, str]]) -> None:
+        self._owners = {name: owner for name, owner in owners.items() if name in parameters}
         self._names = {id(p): name for name, p in parameters.items()}
         self._parameters = dict(parameters)
         self._by_storage: dict[int, list[str]] = {}
@@ -85,6 +95,9 @@ class WeightTable:
     def find(self, tensor: Tensor) -> tuple[str, int, bool] | None:
         """``(name, first row, transposed)`` of the parameter whose rows ``tensor`` is a view of, if it is one."""
         name = self._names.get(id(tensor))
+        if name is None and isinstance(tensor, torch.nn.Parameter):  # the module that it was brought in for has it now
+            owned = ((name, module._parameters.get(leaf)) for name, (module, leaf) in self._owners.items())
+            name = next((name for name, p in owned if p is tensor), None)
         if name is not None:
             return name, 0, False
         for name in self._by_storage.get(tensor.untyped_storage()._cdata, ()):
@@ -118,7 +131,7 @@ def _pair(value: Any) -> tuple[int, int]:
     return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])
 
 
-def _geometry(
+def convolution_geometry(
     input: Tensor, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Convolution:
     kernel, spread = (int(weight.shape[2]), int(weight.shape[3])), _pair(dilation)
@@ -139,14 +152,20 @@ class WeightInterception(TorchFunctionMode):
     Args:
         parameters: the parameters to look for, by name.
         on_use: called with each :class:`WeightUse`, before the multiplication runs.
+        owners: of parameters that are replaced when they are brought in: the module, and their name in it.
 
     Attributes:
         other_uses: for each parameter that went anywhere else, where it went first, such as ``matmul()``.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], on_use: Callable[[WeightUse], None]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        on_use: Callable[[WeightUse], None],
+        owners: Mapping[str, tuple[torch.nn.Module, str]] | None = None,
+    ) -> None:
         super().__init__()
-        self._table = WeightTable(parameters)
+        self._table = WeightTable(parameters, owners or {})
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         self._on_use = on_use
         self.other_uses: dict[str, str] = {}
@@ -190,7 +209,7 @@ class WeightInterception(TorchFunctionMode):
     def _conv2d(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
         self._note("the input of conv2d()", (input,))
         image = input.unsqueeze(0) if input.dim() == 3 else input
-        self._report(weight, image, _geometry(image, weight, *args, **kwargs), transposed=False)
+        self._report(weight, image, convolution_geometry(image, weight, *args, **kwargs), transposed=False)
 
     def _addmm(self, input: Tensor, mat1: Tensor, mat2: Tensor, **_: Any) -> None:
         self._note("the input of addmm()", (input, mat1))

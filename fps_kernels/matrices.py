@@ -6,12 +6,14 @@ Hugging Face ``Conv1D`` keeps its weight transposed. One class knows how to turn
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fps_kernels import ops
+from fps_kernels.files import whole_numbers
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,18 @@ class MatrixLayout:
 
     parameter_shape: tuple[int, ...]
     transposed: bool = False
+
+    @classmethod
+    def described(cls, shape: Any, transposed: Any) -> "MatrixLayout":
+        """From what a file says.
+
+        Raises:
+            ValueError: a shape that no weight has.
+        """
+        sizes = whole_numbers(shape)
+        if not sizes or type(transposed) is not bool or (transposed and len(sizes) != 2):
+            raise ValueError(f"its shape is {shape!r}, transposed: {transposed!r}")
+        return cls(sizes, transposed)
 
     @property
     def shape(self) -> tuple[int, int]:

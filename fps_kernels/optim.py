@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 
 from fps_kernels import ops
 from fps_kernels.matrices import MatrixLayout, is_simulated, unfit
+from fps_kernels.selected_entries import entries_of
 from fps_kernels.selection import Selection, WeightSelection
+from fps_kernels.tuning import Tuner
 
 _STATE = ("step", "exp_avg", "exp_avg_sq", "master")
 
@@ -81,13 +83,16 @@ class MaskedAdamW(Optimizer):
     later (``model.load_state_dict``) has to load the optimizer's state as well, or drop ``optimizer.state[weight]``.
 
     Args:
-        params: groups from :func:`masked_parameters`; plain parameters and groups without ``selections`` are tuned whole.
+        params: a tuner from :func:`attach`, or groups of its parameters: update and write-back are one kernel then. Or
+            groups from :func:`masked_parameters`. Plain parameters and groups without ``selections`` are tuned whole.
         lr: learning rate; a tensor on the parameters' device makes changes visible to a captured CUDA graph.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, of the chosen entries only.
         maximize: ascend instead of descend.
         capturable: the step may be captured in a CUDA graph, where an ``lr`` that is a number is captured as it is.
+        zero_grads: set gradients to zero in the same pass that reads them, instead of calling ``zero_grad()``; for
+            attached weights and parameters that are tuned whole.
 
     Raises:
         ValueError: a number out of range, a parameter given twice or without memory of its own, or a selection that
@@ -95,7 +100,7 @@ class MaskedAdamW(Optimizer):
         TypeError: parameters that are no plain tensors of float32, bfloat16 or float16.
 
     Example:
-        >>> optimizer = fps.MaskedAdamW(fps.masked_parameters(model, selection), lr=1e-3)
+        >>> optimizer = fps.MaskedAdamW(fps.attach(model, selection), lr=1e-3)
         >>> loss.backward()
         >>> optimizer.step()
         >>> optimizer.zero_grad()
@@ -103,10 +108,12 @@ class MaskedAdamW(Optimizer):
 
     # torch.amp.GradScaler then hands over grad_scale and found_inf, which the kernel applies.
     _step_supports_amp_scaling = True
+    # Compact values are written into their weights by the kernel that updates them, not after the step.
+    writes_attached_weights = True
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Tuner | Iterable[Any],
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -114,6 +121,7 @@ class MaskedAdamW(Optimizer):
         *,
         maximize: bool = False,
         capturable: bool = False,
+        zero_grads: bool = False,
     ) -> None:
         self._selections: dict[Tensor, WeightSelection] = {}
         self._views: dict[Tensor, tuple[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]] = {}
@@ -126,7 +134,8 @@ class MaskedAdamW(Optimizer):
             "maximize": maximize,
             "capturable": capturable,
         }
-        super().__init__(params, defaults)
+        self._zero_grads = zero_grads
+        super().__init__(params.param_groups() if isinstance(params, Tuner) else params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as from :func:`masked_parameters`; see ``torch.optim.Optimizer.add_param_group``.
@@ -159,7 +168,17 @@ class MaskedAdamW(Optimizer):
                 raise TypeError(
                     f"the selection of {label} must be a WeightSelection or None, got {type(selection).__name__}"
                 )
+            entries = entries_of(p)
+            if entries is not None:
+                selection = entries.selection
+            elif selection is not None and self._zero_grads:
+                raise ValueError(
+                    f"zero_grads=True leaves the other gradients of {label} as they are: it needs weights that are attached "
+                    "or tuned whole"
+                )
             placed[p] = _full(p) if selection is None else selection.to(p.device)
+            if entries is not None:
+                continue
             if placed[p].layout.parameter_shape != tuple(p.shape):
                 expected = list(placed[p].layout.parameter_shape)
                 raise ValueError(f"{label} has shape {list(p.shape)}, its selection is for {expected}")
@@ -230,7 +249,10 @@ class MaskedAdamW(Optimizer):
             [self._gradient_of(p) for p, _ in members],
             [row_offsets for _, row_offsets, _ in views],
             [columns for _, _, columns in views],
-            [state.get("master", none) for state in states],
+            [
+                p if entries_of(p) is not None else state.get("master", none)
+                for (p, _), state in zip(members, states, strict=True)
+            ],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["step"] for state in states],
@@ -242,7 +264,11 @@ class MaskedAdamW(Optimizer):
             bool(maximize),
             grad_scale,
             found_inf,
+            self._zero_grads,
         )
+        for p, _ in members:
+            if (entries := entries_of(p)) is not None:
+                entries.mark_written()  # the kernel wrote the values into the weight as well
 
     def _state_of(self, p: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
@@ -257,24 +283,31 @@ class MaskedAdamW(Optimizer):
         return state
 
     def _view_of(self, p: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
-        """The parameter's memory as a matrix, and the CSR of its chosen entries there."""
-        origin = (p.data_ptr(), p.dtype, p.stride())
+        """The memory that holds a parameter's values as a matrix, and the CSR of the chosen entries there."""
+        entries = entries_of(p)
+        held = p if entries is None else entries.weight
+        origin = (held.untyped_storage()._cdata, held.storage_offset(), held.dtype, held.stride())
         found, views = self._views.get(p, (None, None))
         if views is None or found != origin:
-            selection = self._selections[p].to(p.device)
-            if selection.layout.parameter_shape != tuple(p.shape):
-                expected = list(selection.layout.parameter_shape)
-                raise ValueError(f"a parameter of shape {expected} has shape {list(p.shape)} now: make a new optimizer")
-            view, position = selection.layout.writable_matrix(p)
-            columns = selection.columns if position is None else position[selection.columns.long()]
-            views = (view, selection.row_offsets, columns)
+            if entries is not None:
+                views = entries.memory()
+            else:
+                selection = self._selections[p].to(p.device)
+                if selection.layout.parameter_shape != tuple(p.shape):
+                    expected = list(selection.layout.parameter_shape)
+                    raise ValueError(f"a parameter of shape {expected} has shape {list(p.shape)} now: make a new optimizer")
+                view, position = selection.layout.writable_matrix(p)
+                columns = selection.columns if position is None else position[selection.columns.long()]
+                views = (view, selection.row_offsets, columns)
             self._views[p] = (origin, views)
         return views
 
     def _gradient_of(self, p: nn.Parameter) -> Tensor:
-        """The gradient as a matrix whose columns are those of the parameter's view."""
+        """The gradient as a matrix whose columns are those of the parameter's view, or of the chosen entries only."""
         grad = p.grad
         assert grad is not None
+        if entries_of(p) is not None:
+            return grad
         if p.dim() > 2 and grad.stride() != p.stride():
             grad = torch.empty_like(p, dtype=grad.dtype).copy_(grad)  # one of the two is channels-last
         return self._selections[p].layout.writable_matrix(grad)[0]
@@ -323,6 +356,7 @@ class MaskedAdamW(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_views", {})
         self.__dict__.setdefault("_learning_rates", {})
+        self.__dict__.setdefault("_zero_grads", False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_selections": self._selections}

@@ -1,20 +1,19 @@
 """Which entries of which weights: one CSR per parameter, validated when it is made."""
 
 import fnmatch
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fps_kernels.files import distrusted, read, texts, texts_by_name, write
 from fps_kernels.matrices import MatrixLayout, is_simulated
 
 _FORMAT = "fps_kernels.selection.1"
+T = TypeVar("T", bound=Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,20 +288,27 @@ class Selection(Mapping[str, WeightSelection]):
         Raises:
             ValueError: a name the model lacks, or a parameter of another shape.
         """
-        every = dict(model.named_parameters(remove_duplicate=False))  # either name of a tied weight will do
+        return self.pick(dict(model.named_parameters(remove_duplicate=False)))  # either name of a tied weight will do
+
+    def pick(self, parameters: Mapping[str, T]) -> dict[str, T]:
+        """Those of a model's parameters, or of a checkpoint's tensors, that this selection speaks of.
+
+        Raises:
+            ValueError: a name that is missing, or a parameter of another shape.
+        """
         for name in (*self.weights, *self.dense):
-            if name not in every:
+            if name not in parameters:
                 raise ValueError(f"the selection is of another model: this one has no parameter {name!r}")
         for name, w in self.weights.items():
-            if tuple(every[name].shape) != w.layout.parameter_shape:
+            if tuple(parameters[name].shape) != w.layout.parameter_shape:
                 raise ValueError(
-                    f"the selection is of another model: {name} has shape {list(every[name].shape)} here, "
+                    f"the selection is of another model: {name} has shape {list(parameters[name].shape)} here, "
                     f"{list(w.layout.parameter_shape)} in the selection"
                 )
-        return {name: every[name] for name in (*self.weights, *self.dense)}
+        return {name: parameters[name] for name in (*self.weights, *self.dense)}
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write to a safetensors file."""
+        """Write to a safetensors file, at once: whoever is killed meanwhile leaves what was there before."""
         tensors = {}
         layouts = {}
         for name, w in self.weights.items():
@@ -316,26 +322,25 @@ class Selection(Mapping[str, WeightSelection]):
             "tied": self.tied,
             "description": self.description,
         }
-        save_file(tensors, path, {"format": _FORMAT, "content": json.dumps(content)})
+        write(path, _FORMAT, content, tensors)
 
     @classmethod
     def load(cls, path: str | PathLike[str], device: torch.device | str = "cpu") -> "Selection":
         """Read a file written by :meth:`save`; every index is checked.
 
         Raises:
-            ValueError: the file holds something else, or indices that are no valid CSR.
+            ValueError: the file holds something else, is cut off or changed, or has indices that are no valid CSR.
+            OSError: it cannot be read.
         """
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path} holds no selection: its format is {metadata.get('format')!r}")
-            content = json.loads(metadata["content"])
+        content, tensors = read(path, _FORMAT, "selection")
+        with distrusted(path):
             weights = {}
             for name, (shape, transposed) in content["weights"].items():
-                layout = MatrixLayout(tuple(shape), transposed)
-                row_offsets, columns = file.get_tensor(f"{name}:row_offsets"), file.get_tensor(f"{name}:columns")
+                layout = MatrixLayout.described(shape, transposed)
                 try:
-                    weights[name] = WeightSelection(layout, row_offsets, columns)
+                    chosen = WeightSelection(layout, tensors[f"{name}:row_offsets"], tensors[f"{name}:columns"])
                 except (TypeError, ValueError) as error:
-                    raise ValueError(f"{path}: {name}: {error}") from error
-        return cls(weights, tuple(content["dense"]), content["skipped"], content["tied"], content["description"])
+                    raise ValueError(f"{name}: {error}") from error
+                weights[name] = chosen.to(device)
+            described = [texts_by_name(content[key]) for key in ("skipped", "tied", "description")]
+            return cls(weights, tuple(texts(content["dense"])), *described)

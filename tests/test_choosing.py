@@ -206,7 +206,7 @@ def test_bad_input():
         ({"stats": fps.calibrate(nn.Linear(8, 3), data)}, ValueError, "stats are of another model"),
         ({"stats": {}}, TypeError, "stats must be ActivationStats, as from fps.calibrate"),
         ({"data": data, "budget": fps.PerNeuron(13)}, ValueError, r"k=13 exceeds the 12 columns of hidden.weight"),
-        ({"data": data, "budget": 0.01}, TypeError, "budget must be PerNeuron, PerTensor or Global, got 0.01"),
+        ({"data": data, "budget": 0.01}, TypeError, "budget must be PerNeuron, PerTensor, LikeLoRA or Global, got 0.01"),
         ({"data": data, "scorer": "fps"}, TypeError, "scorer must be a scorer"),
         (
             {"data": data, "include": "nothing*"},

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -93,3 +94,36 @@ def test_wheel_serves_every_python_and_brings_the_library(tmp_path: Path) -> Non
     install(wheel, tmp_path)
     used = use_installed(tmp_path, FPS_REQUIRE_NATIVE="1")
     assert used.stdout == "native [[1, 2]] []\n", used.stderr
+
+
+def test_sdist_builds_installs_and_runs_outside_the_repository(tmp_path: Path) -> None:
+    backend = "import sys, scikit_build_core.build as b; print(b.build_sdist(sys.argv[1]))"
+    made = run(ROOT, sys.executable, "-c", backend, tmp_path)
+    assert made.returncode == 0, made.stderr
+    (archive,) = tmp_path.glob("fps_kernels-*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = file.getnames()
+    for needed in ("csrc/CMakeLists.txt", "fps_kernels/py.typed", "fps_kernels/demo/digits_vit.safetensors", "LICENSE"):
+        assert any(name.endswith(needed) for name in names), needed
+    assert not [name for name in names if "/tests/" in name or "/benchmarks/" in name or "/.venv/" in name]
+
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, archive)
+    built = run(tmp_path, *pip, FPS_REQUIRE_NATIVE="1")
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*-py3-none-*.whl")
+    # An empty environment that sees the packages it depends on, but not this checkout.
+    assert run(tmp_path, sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty").returncode == 0
+    python = tmp_path / "empty" / "bin" / "python"
+    site = next((tmp_path / "empty" / "lib").glob("python3*")) / "site-packages"
+    install(wheel, tmp_path)
+    (site / "paths.pth").write_text(f"{tmp_path / 'installed'}\n")
+    used = run(tmp_path, python, "-c", USE, FPS_REQUIRE_NATIVE="1", PYTHONPATH=sysconfig.get_path("purelib"))
+    assert used.stdout == "native [[1, 2]] []\n", used.stderr
+    entry = "import sys, fps_kernels.cli as c; sys.argv = ['fps-kernels', 'doctor']; c.main()"
+    doctor = run(tmp_path, python, "-c", entry, PYTHONPATH=sysconfig.get_path("purelib"))
+    assert doctor.returncode == 0, doctor.stderr
+    assert "self-test" in doctor.stdout
+    where = run(
+        tmp_path, python, "-c", "import fps_kernels; print(fps_kernels.__file__)", PYTHONPATH=sysconfig.get_path("purelib")
+    )
+    assert str(tmp_path / "installed") in where.stdout

@@ -1,6 +1,11 @@
 """The README's code runs as it stands, and its commands exist."""
 
+import os
 import re
+import shlex
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,8 +30,36 @@ def test_code(index):
         assert torch.equal(model.hidden.weight == before, ~scope["selection"]["hidden.weight"].mask())
 
 
+def commands_in(text: str) -> list[list[str]]:
+    """Every call of ``fps-kernels`` in a text's code, split into words."""
+    code = re.findall(r"```sh\n(.*?)```", text, re.DOTALL) + re.findall(
+        r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S)
+    )
+    lines = "\n".join(code).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("fps-kernels ")]
+
+
+@cache
+def options_of(subcommand: str) -> str:
+    """What ``fps-kernels SUBCOMMAND --help`` says, or nothing where there is no such command."""
+    program = Path(sys.executable).with_name("fps-kernels")
+    said = subprocess.run(
+        [program, subcommand, "--help"], capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"}
+    )
+    return said.stdout if said.returncode == 0 else ""
+
+
+def unknown_options(command: list[str]) -> list[str]:
+    """The words of a command that the command line does not know: the subcommand, or its options."""
+    if not (known := options_of(command[1])):
+        return [command[1]]
+    return [word for word in command[2:] if word.startswith("-") and not re.search(rf"(?<![\w-]){word}(?![\w-])", known)]
+
+
 def test_commands_exist():
     text = README.read_text()
+    for command in commands_in(text):
+        assert not unknown_options(command), command
     makefile = (README.parent / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", text, re.MULTILINE):
         assert f"\n{target}:" in makefile

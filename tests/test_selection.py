@@ -166,16 +166,43 @@ def test_names_and_choices_that_are_unusual(tmp_path):
 
 
 def test_tampered_files_are_refused(tmp_path):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+    from safetensors.torch import load, save_file
+
+    from fps_kernels import files
 
     path = tmp_path / "s.safetensors"
     fps.select(Classifier(), [images()]).save(path)
-    with safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    content, tensors = files.read(path, "fps_kernels.selection.1", "selection")
+    before = tensors["out.weight:columns"][3].clone()
     tensors["out.weight:columns"][3] = 20
-    save_file(tensors, path, metadata)
+    files.write(path, "fps_kernels.selection.1", content, tensors)  # with a checksum that is right
     with pytest.raises(ValueError, match=r"out.weight: columns must lie in \[0, 20\), found 20"):
+        Selection.load(path)
+    tensors["out.weight:columns"][3] = before
+    files.write(path, "fps_kernels.selection.1", {**content, "weights": {"missing": [[2, 2], False]}}, tensors)
+    with pytest.raises(ValueError, match="damaged: it lacks 'missing:row_offsets'"):
+        Selection.load(path)
+    for lie in (
+        {"dense": [1]},
+        {"dense": "head.weight"},
+        {"skipped": {"a": 1}},
+        {"tied": []},
+        {"weights": {"out.weight": [[12, 20, 1.0], False]}},
+        {"weights": {"out.weight": [[12, 20], 0]}},
+        {"weights": {"out.weight": [[], False]}},
+        {"weights": {"out.weight": 3}},
+        {"weights": []},
+    ):
+        files.write(path, "fps_kernels.selection.1", {**content, **lie}, tensors)
+        with pytest.raises(ValueError, match="damaged"):
+            Selection.load(path)
+    for missing in content:
+        rest = {key: value for key, value in content.items() if key != missing}
+        files.write(path, "fps_kernels.selection.1", rest, tensors)
+        with pytest.raises(ValueError, match=f"damaged: it lacks '{missing}'"):
+            Selection.load(path)
+    save_file(load(path.read_bytes()), path, {"format": "fps_kernels.selection.1", "content": "{}", "sha256": "0"})
+    with pytest.raises(ValueError, match="checksum is wrong"):
         Selection.load(path)
 
 

@@ -1,11 +1,20 @@
-"""What the demo tunes: a small ViT that ships with the package, or any timm model from a local safetensors file."""
+"""What the demo and the command line tune: a small ViT that ships with the package, or a timm model with its weights."""
 
+import difflib
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+
+from fps_kernels.roles import classifier_modules
 
 DIGITS_CHECKPOINT = Path(__file__).with_name("digits_vit.safetensors")
 
@@ -27,28 +36,101 @@ def digits_vit(classes: int, pretrained: bool = True) -> nn.Module:
     return model
 
 
-def timm_model(name: str, checkpoint: Path | None, classes: int, image_size: int | None) -> nn.Module:
-    """A timm model with a new head.
+def timm_model(
+    name: str,
+    checkpoint: Path | None,
+    classes: int,
+    image_size: int | None,
+    *,
+    pretrained: bool = False,
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """A timm model with a new head, in float32.
 
     Args:
         name: of the architecture.
         checkpoint: a safetensors file with timm's keys; position embeddings are resized. ``None``: random weights.
         classes: outputs of the head.
         image_size: side of the images, ``None`` for the model's own.
+        pretrained: without a checkpoint, timm's own weights, from its cache or downloaded.
+        drop_path: rate of stochastic depth.
 
     Raises:
-        ValueError: a file that is no safetensors file, or an unknown architecture.
+        ValueError: an unknown architecture or one that lacks an option; a file that is no safetensors file or lacks weights
+            of the model; weights that cannot be had.
     """
     if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}: timm.list_models() names them all")
-    if checkpoint is not None and checkpoint.suffix != ".safetensors":
-        raise ValueError(f"{checkpoint} must be a .safetensors file: pickled checkpoints are not read")
-    if checkpoint is not None and not checkpoint.is_file():
-        raise ValueError(f"there is no file {checkpoint}")
-    size = {} if image_size is None else {"img_size": image_size}
-    if checkpoint is None:
-        model: nn.Module = timm.create_model(name, num_classes=classes, **size)
-        return model
-    overlay = {"file": str(checkpoint), "source": "file"}
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **size)
+        near = difflib.get_close_matches(name, timm.list_models(), 1)
+        hint = f"did you mean {near[0]!r}?" if near else "timm.list_models() names them all"
+        raise ValueError(f"timm has no model {name!r}: {hint}")
+    options: dict[str, Any] = {"num_classes": classes}
+    if drop_path:
+        options["drop_path_rate"] = drop_path
+    if image_size is not None:
+        options["img_size"] = image_size
+    if checkpoint is not None:
+        if checkpoint.suffix != ".safetensors":
+            raise ValueError(f"{checkpoint} must be a .safetensors file: pickled checkpoints are not read")
+        if not checkpoint.is_file():
+            raise ValueError(f"there is no file {checkpoint}")
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(checkpoint), "source": "file"}}
+    elif pretrained:
+        options["pretrained"] = True
+    source = "timm's weights" if checkpoint is None else str(checkpoint)
+    with _missing_weights() as missing:
+        try:
+            model = _created(name, options)
+        except SafetensorError as error:
+            raise ValueError(f"{source}: no safetensors file, or damaged: {error}") from error
+        except (RuntimeError, KeyError, OSError) as error:  # strict loading, shapes, the hub
+            if "pretrained" not in options:
+                raise
+            raise ValueError(f"{source} cannot be loaded into {name}: {_one_line(error)}") from error
+    heads = tuple(f"{head}." for head in classifier_modules(model))
+    lacking = [key for key in missing if not key.startswith(heads)] if heads else missing
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise ValueError(f"{source} cannot be loaded into {name}: it lacks {lacking[0]}{more}")
     return model.to(torch.float32)
+
+
+def _created(name: str, options: dict[str, Any]) -> nn.Module:
+    while True:
+        try:
+            model: nn.Module = timm.create_model(name, **options)
+            return model
+        except TypeError as error:
+            refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if refused is None or refused[1] not in options:
+                raise
+            if refused[1] != "img_size":
+                raise ValueError(f"{name} has no option {refused[1]}") from error
+            del options["img_size"]  # a network of convolutions takes images of any size
+
+
+@contextmanager
+def _missing_weights() -> Iterator[list[str]]:
+    """Collects the names of weights that timm did not find in a checkpoint: it only logs them and leaves them random."""
+    missing: list[str] = []
+
+    class Note(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if found := re.match(r"Missing keys \((.*)\) discovered", record.getMessage()):
+                missing.extend(found[1].split(", "))
+
+    logger, handler = logging.getLogger("timm.models._builder"), Note()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield missing
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _one_line(error: Exception) -> str:
+    """torch puts every key on a line of its own."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[1:2] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else lines)
+    return text if len(text) <= 300 else f"{text[:297]}…"

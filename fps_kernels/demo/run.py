@@ -106,7 +106,8 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, list[Ou
         f"tuned on [bold]{task.name}[/]: {task.classes} classes, {len(task.train)} training and {len(task.test)} test "
         f"images. Kernels: {backend_for('score_topk', 'cpu')}.\n"
     )
-    batches = list(task.batches(task.train, 64))
+    # Shuffled: images lie in order of their classes, and GPS's contrastive loss compares those of a batch.
+    batches = list(task.batches(task.train, 64, torch.Generator().manual_seed(0)))
     budget = PerNeuron(settings.k)
     chosen, costs = choices(model, batches, budget)
     _print_choice(console, chosen["FPS"])

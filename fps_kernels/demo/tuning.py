@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fps_kernels.demo.data import Task
-from fps_kernels.optim import MaskedAdamW, masked_parameters
+from fps_kernels.optim import MaskedAdamW
 from fps_kernels.roles import classifier_modules
 from fps_kernels.selection import Selection
+from fps_kernels.tuning import attach
 
 
 @torch.no_grad()
@@ -62,8 +63,8 @@ def tune(
         on_step: called after each step.
     """
     model = copy.deepcopy(model).train()
-    groups = _groups(model, what)
-    optimizer = MaskedAdamW(groups, lr=lr, weight_decay=1e-4)
+    params = attach(model, what) if isinstance(what, Selection) else _whole(model, what)
+    optimizer = MaskedAdamW(params, lr=lr, weight_decay=1e-4)
     trained = sum(entries.nnz for entries in optimizer.selections().values())
     total = epochs * -(-len(task.train) // batch_size)
     # Without a warm-up the first steps, which Adam makes full-sized, undo much of what the weights knew.
@@ -80,18 +81,9 @@ def tune(
     return Outcome(accuracy(model, task), trained, time.perf_counter() - start)
 
 
-def _groups(model: nn.Module, what: Selection | str) -> list[dict[str, object]]:
-    if isinstance(what, Selection):
-        wanted = {*what, *what.dense}
-    else:
-        heads = tuple(f"{name}." for name in classifier_modules(model))
-        wanted = {
-            name
-            for name, _ in model.named_parameters()
-            if what == "all" or name.startswith(heads) or (what == "biases" and name.endswith("bias"))
-        }
+def _whole(model: nn.Module, what: str) -> list[nn.Parameter]:
+    """The parameters that are trained whole; the others are frozen."""
+    heads = tuple(f"{name}." for name in classifier_modules(model))
     for name, p in model.named_parameters():
-        p.requires_grad_(name in wanted)
-    if isinstance(what, Selection):
-        return masked_parameters(model, what)
-    return [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        p.requires_grad_(what == "all" or name.startswith(heads) or (what == "biases" and name.endswith("bias")))
+    return [p for p in model.parameters() if p.requires_grad]

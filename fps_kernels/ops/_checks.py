@@ -1,5 +1,7 @@
 """What the ops refuse: dtypes, shapes, devices and numbers, checked once for every backend."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -78,9 +80,47 @@ def check_selection(W: Tensor, row_offsets: Tensor, columns: Tensor, where: str 
     check_float(f"W{where}", W)
     if W.dim() != 2:
         raise ValueError(f"W{where} must be [O, C], got shape {list(W.shape)}")
+    check_csr(W.shape[0], W.device, row_offsets, columns, where)
+
+
+def check_csr(rows: int, device: torch.device, row_offsets: Tensor, columns: Tensor, where: str = "") -> None:
     for name, tensor in ((f"row_offsets{where}", row_offsets), (f"columns{where}", columns)):
         check_dtype(name, tensor, torch.int32)
-        check_device(name, tensor, W.device)
+        check_device(name, tensor, device)
         if tensor.dim() != 1 or not tensor.is_contiguous():
             raise ValueError(f"{name} must be one-dimensional and contiguous, got shape {list(tensor.shape)}")
-    check_shape(f"row_offsets{where}", row_offsets, (W.shape[0] + 1,))
+    check_shape(f"row_offsets{where}", row_offsets, (rows + 1,))
+
+
+def check_convolution(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[int, int]:
+    """The height and width of the output of a convolution of ``x``, after every check of its geometry."""
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, C_in, H, W], got shape {list(x.shape)}")
+    for name, value, length in (
+        ("kernel_size", kernel_size, 2),
+        ("stride", stride, 2),
+        ("padding", padding, 4),
+        ("dilation", dilation, 2),
+    ):
+        least = 0 if name == "padding" else 1
+        if len(value) != length or any(v < least for v in value):
+            raise ValueError(f"{name} must be {length} integers of at least {least}, got {list(value)}")
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups}")
+    outputs = []
+    for size, before, after, kernel, step, spread in (
+        (x.shape[2], padding[0], padding[1], kernel_size[0], stride[0], dilation[0]),
+        (x.shape[3], padding[2], padding[3], kernel_size[1], stride[1], dilation[1]),
+    ):
+        room = size + before + after - spread * (kernel - 1) - 1
+        if room < 0:
+            raise ValueError(f"kernel_size {list(kernel_size)} does not fit into the padded x of shape {list(x.shape)}")
+        outputs.append(room // step + 1)
+    return outputs[0], outputs[1]

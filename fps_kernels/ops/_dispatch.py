@@ -26,6 +26,8 @@ OPS = (
     "score_topk",
     "score_kth",
     "score_select",
+    "sampled_grad",
+    "sampled_grad_conv2d",
     "scatter_values_",
     "masked_adamw_",
 )

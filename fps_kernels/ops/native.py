@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fps_kernels
 
-ABI = 1
+ABI = 2
 ISAS = ("base", "avx2", "avx512")
 LIBRARY = "libfps_kernels.so"
 
@@ -37,8 +37,9 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fps_score_topk": [_P, _N, _P, _INT],
     "fps_score_kth": [_P, _N, _N, _P, _P, _P, _INT],
     "fps_score_select": [_P, _P, _N, _N, _P, _P, _INT],
+    "fps_sampled_grad": [_P, _P, _P, _N, _P, _P, _P, _INT],
     "fps_scatter_values": [_P, _P, _N, _INT],
-    "fps_masked_adamw": [_P, _N, _P, _P, _DOUBLE, _DOUBLE, _DOUBLE, _N, _P, _P, _INT],
+    "fps_masked_adamw": [_P, _N, _P, _P, _DOUBLE, _DOUBLE, _DOUBLE, _N, _P, _P, _N, _INT],
 }
 
 
@@ -154,6 +155,11 @@ def column_norm_(x: Tensor, acc: Tensor, ord: float) -> None:
     _check(status)
 
 
+def _images(x: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    """The fields of ``Images`` in ``csrc/kernels.h``."""
+    return _table((x.data_ptr(), *x.shape, *x.stride(), _DTYPES[x.dtype]))
+
+
 def column_norm_conv2d_(
     x: Tensor,
     acc: Tensor,
@@ -177,10 +183,9 @@ def column_norm_conv2d_(
             (x.shape[3], left, right, kernel_size[1], stride[1], dilation[1]),
         )
     ]
-    images = _table((x.data_ptr(), *x.shape, *x.stride(), _DTYPES[x.dtype]))
     convolution = _table((*kernel_size, *stride, *dilation, top, left, *outputs))
     _check(
-        _library().fps_column_norm_conv2d(images, convolution, acc.data_ptr(), _ORDS[ord], torch.get_num_threads()),
+        _library().fps_column_norm_conv2d(_images(x), convolution, acc.data_ptr(), _ORDS[ord], torch.get_num_threads()),
     )
 
 
@@ -228,6 +233,43 @@ def score_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) -
     )
     _check(status, f"nnz must be the number of entries chosen, got {nnz}")
     return row_offsets, columns
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+def sampled_grad(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor) -> Tensor:
+    """:func:`.reference.sampled_grad`: a 1x1 convolution of one image, one row high, whose channels are the columns."""
+    image_gy, image_x = (one.t()[None, :, None] for one in (gy, x))
+    return sampled_grad_conv2d(image_gy, image_x, row_offsets, columns, [1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1)
+
+
+def sampled_grad_conv2d(
+    gy: Tensor,
+    x: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """:func:`.reference.sampled_grad_conv2d` in one read of ``gy`` ``[B, O, H_out, W_out]``; ``x`` is not unfolded."""
+    top, _, left, _ = padding
+    grad = torch.empty(columns.shape[0], dtype=torch.float32)
+    status = _library().fps_sampled_grad(
+        _images(gy),
+        _images(x),
+        _table((*kernel_size, *stride, *dilation, top, left, *gy.shape[2:])),
+        groups,
+        row_offsets.data_ptr(),
+        columns.data_ptr(),
+        grad.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status)
+    return grad
 
 
 # ------------------------------------------------------------------------------------------------ updates
@@ -285,6 +327,7 @@ def masked_adamw_(
     maximize: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    zero_grads: bool,
 ) -> None:
     """:func:`.reference.masked_adamw_` for all tensors in one call."""
     fields: list[int] = []
@@ -306,6 +349,7 @@ def masked_adamw_(
         maximize,
         None if grad_scale is None else grad_scale.data_ptr(),
         None if found_inf is None else found_inf.data_ptr(),
+        zero_grads,
         torch.get_num_threads(),
     )
     _check(status)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 ROWS_PER_CHUNK = 1024  # bounds the scratch of the ops that go through rows in chunks
+ENTRIES_PER_CHUNK = 1024
 
 
 def scores(W: Tensor, a: Tensor) -> Tensor:
@@ -96,6 +97,44 @@ def entry_rows(row_offsets: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
 
 
+def sampled_grad(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor) -> Tensor:
+    """``g_e = sum_m gy[m, row_e] * x[m, column_e]`` ``[nnz]`` float32 of ``gy`` ``[M, O]`` and ``x`` ``[M, C]``."""
+    grad = torch.zeros(columns.numel(), dtype=torch.float64, device=gy.device)
+    entries = ENTRIES_PER_CHUNK
+    for row, column, part in zip(
+        entry_rows(row_offsets).split(entries), columns.long().split(entries), grad.split(entries), strict=True
+    ):
+        for gy_rows, x_rows in zip(gy.split(ROWS_PER_CHUNK), x.split(ROWS_PER_CHUNK), strict=True):
+            part += (gy_rows[:, row].double() * x_rows[:, column].double()).sum(0)
+    return grad.float()
+
+
+def sampled_grad_conv2d(
+    gy: Tensor,
+    x: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """:func:`sampled_grad` of ``gy`` ``[B, O, H_out, W_out]`` and the unfolded ``x`` ``[B, C_in, H, W]``."""
+    top, bottom, left, right = padding
+    per_group = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
+    group = entry_rows(row_offsets) // (gy.shape[1] // groups)
+    unfolded_columns = (group * per_group + columns).int()
+    grad = torch.zeros(columns.numel(), dtype=torch.float64, device=gy.device)
+    for gy_image, image in zip(gy.split(1), x.split(1), strict=True):  # one image at a time bounds the unfolded copy
+        padded = torch.nn.functional.pad(image.float(), (left, right, top, bottom))
+        unfolded = torch.nn.functional.unfold(
+            padded, tuple(kernel_size), dilation=tuple(dilation), stride=tuple(stride)
+        )  # [1, C_in*kh*kw, L]
+        grad += sampled_grad(gy_image[0].flatten(1).t(), unfolded[0].t(), row_offsets, unfolded_columns)
+    return grad.float()
+
+
 def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor) -> None:
     """``W[selection] = values``, rounded to the dtype of ``W``."""
     W.index_put_((entry_rows(row_offsets), columns.long()), values.to(W.dtype))
@@ -118,9 +157,12 @@ def masked_adamw_(
     maximize: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    zero_grads: bool,
 ) -> None:
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) on the selected entries; nothing changes where ``found_inf`` is set."""
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) on the selected entries; no value changes where ``found_inf`` is set."""
     if found_inf is not None and bool(found_inf):
+        if zero_grads:
+            _zero(grads, row_offsets, columns)
         return
     for i, W in enumerate(weights):
         steps[i] += 1
@@ -140,3 +182,10 @@ def masked_adamw_(
         if masters[i].numel():
             masters[i].copy_(value)
         scatter_values_(W, row_offsets[i], columns[i], value)
+    if zero_grads:
+        _zero(grads, row_offsets, columns)
+
+
+def _zero(grads: list[Tensor], row_offsets: list[Tensor], columns: list[Tensor]) -> None:
+    for grad, offsets, cols in zip(grads, row_offsets, columns, strict=True):
+        grad[... if grad.dim() == 1 else (entry_rows(offsets), cols.long())] = 0

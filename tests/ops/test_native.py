@@ -1,5 +1,5 @@
-"""What only the native backend promises: the same bits whatever the threads and the instruction set, exact thresholds
-whatever the distribution, offsets beyond 2^31, one OpenMP runtime."""
+"""What only the native backend promises: the same bits whatever the threads and (sampled gradients apart) the instruction
+set, exact thresholds whatever the distribution, offsets beyond 2^31, bounded scratch, one OpenMP runtime."""
 
 import os
 import subprocess
@@ -98,7 +98,7 @@ def update(weight_dtype: torch.dtype, grad_dtype: torch.dtype) -> Callable[[], l
     def run() -> list[Tensor]:
         tuned, (master, exp_avg, exp_avg_sq), step = W.clone(), [s.clone() for s in state], torch.tensor(3.0)
         lists = ([tuned], [grad], [row_offsets], [columns], [master], [exp_avg], [exp_avg_sq], [step])
-        native.masked_adamw_(*lists, lrs, [0.1], 0.9, 0.999, 1e-8, False, torch.tensor(2.0), torch.tensor(0.0))
+        native.masked_adamw_(*lists, lrs, [0.1], 0.9, 0.999, 1e-8, False, torch.tensor(2.0), torch.tensor(0.0), False)
         native.scatter_values_(tuned, row_offsets, columns, master)
         return [tuned, master, exp_avg, exp_avg_sq, step]
 
@@ -136,6 +136,87 @@ def test_bits_depend_on_neither_threads_nor_instruction_set(case: str, restored_
     for which, result in results.items():
         for one, other in zip(first, result, strict=True):
             assert torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8)), which
+
+
+# ------------------------------------------------------------------------------------------------ sampled gradients
+
+
+def conv2d_gradient(
+    memory_format: torch.memory_format, channels: int, outputs: int, size: int, kernel: int, stride: int, groups: int
+) -> Callable[[], Tensor]:
+    x = torch.randn(6, channels, size, size).contiguous(memory_format=memory_format)
+    padding = kernel // 2
+    positions = (size + 2 * padding - kernel) // stride + 1
+    gy = torch.randn(6, outputs, positions, positions).contiguous(memory_format=memory_format)
+    csr = random_selection(outputs, channels // groups * kernel * kernel, 0.1)
+    geometry = ([kernel] * 2, [stride] * 2, [padding] * 4, [1, 1], groups)
+    return lambda: native.sampled_grad_conv2d(gy, x, *csr, *geometry)
+
+
+def linear_gradient(rows: int, outputs: int, columns: int, density: float) -> Callable[[], Tensor]:
+    gy, x = torch.randn(rows, outputs), torch.randn(rows, columns)
+    csr = random_selection(outputs, columns, density)
+    return lambda: native.sampled_grad(gy, x, *csr)
+
+
+GRADIENTS: dict[str, Callable[[], Callable[[], Tensor]]] = {
+    "linear": lambda: linear_gradient(2000, 300, 400, 0.05),
+    "long": lambda: linear_gradient(20_000, 70, 40, 0.2),  # more slices than are added without compensation
+    "wide": lambda: linear_gradient(500, 64, 9000, 0.01),  # planes of several slices would be too large
+    "3x3": lambda: conv2d_gradient(torch.contiguous_format, 48, 80, 28, 3, 1, 1),
+    "3x3, channels last": lambda: conv2d_gradient(torch.channels_last, 48, 80, 28, 3, 2, 1),
+    "depthwise": lambda: conv2d_gradient(torch.contiguous_format, 100, 100, 28, 7, 1, 100),
+    "depthwise, channels last": lambda: conv2d_gradient(torch.channels_last, 100, 200, 28, 5, 1, 100),
+    "groups": lambda: conv2d_gradient(torch.contiguous_format, 96, 60, 28, 3, 1, 3),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_do_not_depend_on_threads(isa: str, name: str, restored_threads: None) -> None:
+    run = GRADIENTS[name]()
+    results = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        results.append(run())
+    for result in results[1:]:
+        assert torch.equal(result.view(torch.int32), results[0].view(torch.int32))
+
+
+@pytest.mark.parametrize("rows", [7_000, 400_000])
+def test_gradients_of_many_equal_terms(isa: str, rows: int) -> None:
+    """Roundings of equal terms all go the same way: the sums must hold their bound all the same."""
+    gy, x = torch.full((1, 1), 1 / 3).expand(rows, 4), torch.full((1, 1), 0.7).expand(rows, 3)
+    csr = torch.arange(5, dtype=torch.int32) * 3, torch.arange(3, dtype=torch.int32).repeat(4)
+    expected = torch.full((12,), rows * float(gy[0, 0]) * float(x[0, 0]), dtype=torch.float64)
+    torch.testing.assert_close(native.sampled_grad(gy, x, *csr).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_infinite_gradients_stay_infinite(isa: str) -> None:
+    """Compensated sums, too: infinity minus itself is no number, but infinity is the sum."""
+    x = torch.ones(20_000, 2)
+    x[9_000, 0] = float("inf")
+    csr = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    assert native.sampled_grad(torch.ones(20_000, 1), x, *csr).tolist() == [INF, 20_000]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads how much memory Linux has mapped")
+def test_gradients_need_1_kib_per_column() -> None:
+    """Within that they run; without it they raise."""
+    code = (
+        "import resource, torch\n"
+        "from fps_kernels.ops import native\n"
+        "torch.set_num_threads(1)\n"
+        "def grad(columns, mib):\n"
+        "    gy, x = torch.ones(1, 1).expand(480, 1), torch.ones(1, 1).expand(480, columns)\n"
+        "    csr = torch.tensor([0, columns], dtype=torch.int32), torch.arange(columns, dtype=torch.int32)\n"
+        "    mapped = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (mapped + mib * 2**20, resource.RLIM_INFINITY))\n"
+        "    try: return bool((native.sampled_grad(gy, x, *csr) == 480).all())\n"
+        "    except MemoryError as error: return error\n"
+        "print(grad(100, 50), grad(100_000, 110), grad(200_000, 110))"
+    )
+    result = run_python(code)
+    assert result.stdout.strip() == "True True fps_kernels: no memory for the scratch of a native kernel", result.stderr
 
 
 # ------------------------------------------------------------------------------------------------ exact choices
@@ -240,6 +321,12 @@ def test_offsets_beyond_31_bits(isa: str) -> None:
         native.column_norm_conv2d_(x, acc, [3, 3], [1, 1], [1, 1, 1, 1], [1, 1], 1, 1.0)
     assert torch.equal(*norms)
 
+    csr = random_selection(500, 500, 0.1)
+    assert torch.equal(native.sampled_grad(far, far, *csr), native.sampled_grad(near, near, *csr))
+    csr, geometry = random_selection(5, 45, 0.5), ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1], 1)
+    found, expected = (native.sampled_grad_conv2d(x, x, *csr, *geometry) for x in images)
+    assert torch.equal(found, expected)
+
     assert torch.equal(native.score_topk(far, a, 5), native.score_topk(near, a, 5))
     for found, expected in zip(native.score_kth([far], [a], 99), native.score_kth([near], [a], 99), strict=True):
         assert torch.equal(found, expected)
@@ -253,7 +340,7 @@ def test_offsets_beyond_31_bits(isa: str) -> None:
     tuned = []
     for W in (far, near):
         lists = ([W], [W], [row_offsets], [columns], *([torch.full((nnz,), x)] for x in (0.5, 0.0, 0.0)), [torch.zeros(())])
-        native.masked_adamw_(*lists, torch.ones(1, dtype=torch.float64), [0.0], 0.9, 0.999, 1e-8, False, None, None)
+        native.masked_adamw_(*lists, torch.ones(1, dtype=torch.float64), [0.0], 0.9, 0.999, 1e-8, False, None, None, False)
         tuned.append(W.clone())
         native.scatter_values_(W, row_offsets, columns, torch.arange(nnz).float())
         tuned.append(W.clone())

@@ -112,6 +112,73 @@ def test_select_never_writes_beyond_nnz():
     assert (fenced[:10] >= 0).all()
 
 
+def sampled_grad_problem(M, O, C, dtype=torch.float32):
+    """Rows without entries, with all of them, and with some in any order; two blocks of columns that nothing lies in."""
+    gy, x = torch.randn(M, O, device=DEVICE).to(dtype), torch.randn(M, C, device=DEVICE).to(dtype)
+    counts = [C if o == O // 2 else o % 7 for o in range(O)]
+    row_offsets = torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
+    some = torch.cat([torch.randperm(min(C, 64), device=DEVICE)[:n] for n in counts if n != C] or [torch.empty(0)])
+    before = sum(counts[: O // 2])
+    columns = torch.cat([some[:before], torch.randperm(C, device=DEVICE), some[before:]]).int()
+    return gy, x, row_offsets, columns
+
+
+def close(found, gy, x, row_offsets, columns):
+    expected = reference.sampled_grad(gy, x, row_offsets, columns)
+    size = reference.sampled_grad(gy.abs(), x.abs(), row_offsets, columns)
+    return bool(((found - expected).abs() <= 1e-5 * size).all())
+
+
+@pytest.mark.parametrize("product", [True, False], ids=["product", "gather"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sampled_grad_both_ways(monkeypatch, product, dtype):
+    monkeypatch.setattr(module("gradients"), "prefer_product", lambda nnz, gy, x: product)
+    arguments = sampled_grad_problem(150, 150, 300, dtype)
+    assert close(backend.sampled_grad(*arguments), *arguments)
+    odd = arguments[0][:, 1:], arguments[1].t().contiguous().t(), arguments[2][1:], arguments[3]
+    assert close(backend.sampled_grad(*odd), *odd)
+
+
+def test_sampled_grad_of_more_rows_than_one_launch_takes(monkeypatch):
+    gradients = module("gradients")
+    monkeypatch.setattr(gradients, "prefer_product", lambda nnz, gy, x: True)
+    monkeypatch.setattr(gradients, "MOST_SPLITS", 2)
+    monkeypatch.setattr(gradients, "MOST_ROWS", dict.fromkeys(gradients.MOST_ROWS, 64))
+    arguments = sampled_grad_problem(300, 20, 40)
+    assert close(backend.sampled_grad(*arguments), *arguments)
+
+
+def test_sampled_grad_is_deterministic():
+    arguments = sampled_grad_problem(300, 40, 70)
+    assert torch.equal(backend.sampled_grad(*arguments), backend.sampled_grad(*arguments))
+
+
+def test_sampled_grad_bounds_its_workspace():
+    gradients = module("gradients")
+    for M in (1, 100, 12_608, 10**6, 10**9):
+        for tiles in (1, 50, 10_000):
+            for programs, unit in ((gradients.PRODUCT_PROGRAMS, 32), (gradients.GATHER_PROGRAMS, 16), (1056, 1)):
+                rows = gradients.rows_per_split(M, tiles, programs, unit)
+                assert rows % unit == 0
+                assert -(-M // rows) <= gradients.MOST_SPLITS
+                if 2 * unit * gradients.MOST_SPLITS <= M and tiles * gradients.MOST_SPLITS >= 2 * programs:
+                    assert tiles * -(-M // rows) >= programs / 2
+
+
+def test_tiles_are_for_many_entries():
+    prefer_product = module("gradients").prefer_product
+
+    def operands(O, C, dtype):
+        return (torch.empty(12_608, n, dtype=dtype, device="meta") for n in (O, C))
+
+    assert prefer_product(4 * 3072, *operands(3072, 384, torch.float16))
+    assert not prefer_product(768, *operands(768, 3072, torch.float16))
+    for dtype in (torch.float16, torch.float32):
+        assert prefer_product(3072 * 384 // 10, *operands(3072, 384, dtype))
+        assert not prefer_product(100, *operands(3072, 384, dtype))
+    assert not prefer_product(3072, *operands(3072, 160, torch.float32))
+
+
 def test_updates_of_many_blocks():
     W = torch.zeros(7, 900, device=DEVICE)
     columns = torch.cat([torch.randperm(900, device=DEVICE)[:n].int() for n in (900, 0, 0, 513, 1, 899, 0)])
@@ -127,7 +194,7 @@ def test_updates_of_many_blocks():
         lrs = torch.tensor([0.1], dtype=torch.float64, device=DEVICE)
         steps = [torch.tensor(0.0, device=DEVICE)]
         op([weight], [weight.sin()], [row_offsets], [columns], [torch.empty(0, device=DEVICE)], [state[0]], [state[1]],
-           steps, lrs, [0.1], 0.9, 0.999, 1e-8, False, None, None)  # fmt: skip
+           steps, lrs, [0.1], 0.9, 0.999, 1e-8, False, None, None, False)  # fmt: skip
         return weight
 
     torch.testing.assert_close(step(backend.masked_adamw_, W), step(reference.masked_adamw_, expected), rtol=1e-6, atol=1e-7)

@@ -89,7 +89,9 @@ class Problem:
             return grads
         return [g[rows, c.long()] for g, rows, (_, c) in zip(grads, self.rows, self.csr, strict=True)]
 
-    def step(self, grads, lrs, weight_decays, betas=(0.9, 0.999), eps=1e-8, maximize=False, scale=None, found_inf=None):
+    def step(
+        self, grads, lrs, weight_decays, betas=(0.9, 0.999), eps=1e-8, maximize=False, scale=None, found_inf=None, zero=False
+    ):
         ops.masked_adamw_(
             self.weights,
             grads,
@@ -106,6 +108,7 @@ class Problem:
             maximize,
             scale,
             found_inf,
+            zero,
         )
 
 
@@ -189,6 +192,29 @@ def test_grad_scale_and_found_inf(backend, device):
         assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize("skipped", [False, True])
+@pytest.mark.parametrize("compact", [False, True], ids=["dense", "compact"])
+def test_zeroes_the_gradients_it_read(backend, device, dtype, compact, skipped):
+    """Those of the selected entries, of a skipped step too; the update is the same, and the other gradients stay."""
+    problem, twin = Problem(device, dtype, compact=compact), Problem(device, dtype, compact=compact)
+    twin.weights, twin.csr, twin.rows = [W.clone() for W in problem.weights], problem.csr, problem.rows
+    twin.masters = [m.clone() for m in problem.masters]
+    twin.exp_avgs = [torch.zeros_like(m) for m in problem.exp_avgs]
+    twin.exp_avg_sqs = [torch.zeros_like(m) for m in problem.exp_avgs]
+    n = len(problem.weights)
+    grads = problem.gradients()
+    kept = [g.clone() for g in grads]
+    found_inf = torch.tensor(float(skipped), device=device)
+    problem.step(grads, [0.1] * n, [0.0] * n, found_inf=found_inf, zero=True)
+    twin.step(kept, [0.1] * n, [0.0] * n, found_inf=found_inf)
+    for W, other in zip(problem.weights, twin.weights, strict=True):
+        assert torch.equal(bits(W), bits(other))
+    for g, before, rows, (_, columns) in zip(grads, kept, problem.rows, problem.csr, strict=True):
+        expected = before.clone()
+        expected[... if compact else (rows, columns.long())] = 0
+        assert torch.equal(bits(g), bits(expected))
+
+
 def test_strided_dense_gradients(backend, device):
     problem = Problem(device, torch.float32, names=["contiguous", "transposed"])
     grads = [torch.randn(37, 13, device=device).t(), torch.randn(13, 74, device=device)[:, ::2]]
@@ -205,7 +231,7 @@ def test_strided_dense_gradients(backend, device):
 
 def test_nothing_to_do(backend, device):
     lrs = torch.zeros(0, dtype=torch.float64, device=device)
-    ops.masked_adamw_([], [], [], [], [], [], [], [], lrs, [], 0.9, 0.999, 1e-8, False, None, None)
+    ops.masked_adamw_([], [], [], [], [], [], [], [], lrs, [], 0.9, 0.999, 1e-8, False, None, None, False)
 
 
 def test_opcheck(backend, device):
@@ -215,7 +241,7 @@ def test_opcheck(backend, device):
     state = [torch.zeros(columns.numel(), device=device) for _ in range(2)]
     lrs = torch.tensor([0.1], dtype=torch.float64, device=device)
     arguments = ([W], [torch.randn_like(W)], [row_offsets], [columns], [torch.empty(0, device=device)], [state[0]])
-    arguments += ([state[1]], [torch.zeros((), device=device)], lrs, [0.0], 0.9, 0.999, 1e-8, False, None, None)
+    arguments += ([state[1]], [torch.zeros((), device=device)], lrs, [0.0], 0.9, 0.999, 1e-8, False, None, None, False)
     torch.library.opcheck(ops.masked_adamw_, arguments)
 
 
@@ -234,7 +260,7 @@ def test_bad_arguments():
     state = torch.zeros(2)
     lrs = torch.tensor([0.1], dtype=torch.float64)
 
-    def call(**change):
+    def call(zero_grads=False, **change):
         arguments = {
             "weights": [W],
             "grads": [torch.ones(4, 6)],
@@ -247,7 +273,7 @@ def test_bad_arguments():
             "lrs": lrs,
             "weight_decays": [0.0],
         }
-        ops.masked_adamw_(*(arguments | change).values(), 0.9, 0.999, 1e-8, False, None, None)
+        ops.masked_adamw_(*(arguments | change).values(), 0.9, 0.999, 1e-8, False, None, None, zero_grads)
 
     for change, error, match in (
         ({"grads": []}, ValueError, "grads must have one item per weight"),
@@ -259,4 +285,8 @@ def test_bad_arguments():
     ):
         with pytest.raises(error, match=match):
             call(**change)
+    with pytest.raises(ValueError, match=r"grads\[0\] is expanded"):
+        call(zero_grads=True, grads=[torch.ones(1, 6).expand(4, 6)])
+    with pytest.raises(ValueError, match=r"grads\[0\] must be contiguous"):
+        call(zero_grads=True, grads=[torch.ones(4)[::2]])
     assert torch.equal(W, before)

@@ -1,7 +1,7 @@
 """Compiles the kernels ahead of time, without a GPU, exactly as the ops would launch them, and reads what they need.
 
-:func:`record` runs an op on tensors without memory (``device="meta"``) and notes every launch; :func:`resources`
-compiles it for a GPU that need not be there. Shared by ``tests/ops/test_triton_compile.py`` and
+:func:`record` runs an op on tensors without memory (``device="meta"``) and notes every launch that it would make on a GPU;
+:func:`resources` compiles it for that GPU, which need not be there. Shared by ``tests/ops/test_triton_compile.py`` and
 ``benchmarks/triton_report.py``. Works only in a process that does not interpret Triton.
 """
 
@@ -20,15 +20,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fps_kernels.ops.triton import column_norm, column_norm_conv2d, threshold, topk, updates
+from fps_kernels.ops.triton import (
+    column_norm,
+    column_norm_conv2d,
+    gradients,
+    gradients_conv2d,
+    threshold,
+    topk,
+    updates,
+)
+from fps_kernels.ops.triton.target import assume
 
-FAMILIES = (column_norm, column_norm_conv2d, topk, threshold, updates)
+FAMILIES = (column_norm, column_norm_conv2d, topk, threshold, gradients, gradients_conv2d, updates)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Bytes of shared memory that a program may ask for.
+SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 POINTERS = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -44,17 +55,21 @@ class Launch:
     """One launch of a kernel, with its arguments specialised as Triton's launcher does.
 
     Attributes:
+        target: one of :data:`TARGETS`.
         kernel: the jit function.
         grid: programs in each dimension.
         num_warps: warps per program.
+        options: further options of the compiler, such as ``num_stages``.
         signature: the type of each parameter, ``"constexpr"`` where its value is compiled in.
         constants: the values that are compiled in.
         divisible: the parameters that are known to be divisible by 16.
     """
 
+    target: str
     kernel: Any
     grid: tuple[int, ...]
     num_warps: int
+    options: tuple[tuple[str, int], ...]
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[str, ...]
@@ -79,10 +94,10 @@ class Resources:
     Attributes:
         registers: per thread.
         stack: bytes of stack (private segment) per thread.
-        spilled: bytes of local memory per thread, or on AMD the number of spilled vector registers.
+        spilled: bytes of stack per thread that hold what did not fit into registers, or on AMD the number of such registers.
         shared: bytes of shared memory that it asks for.
         threads: threads per program.
-        wide_loads: 16-byte loads from global memory in its code.
+        wide_loads: 16-byte loads from global memory in its code, into registers or (copied asynchronously) shared memory.
         assembly: PTX, or GCN assembly.
     """
 
@@ -95,21 +110,22 @@ class Resources:
     assembly: str
 
 
-def record(op: Callable[..., object], *arguments: Any) -> list[Launch]:
+def record(target: str, op: Callable[..., object], *arguments: Any) -> list[Launch]:
     """The launches that a call would make, without making them.
 
     Args:
+        target: one of :data:`TARGETS`.
         op: a function of this backend.
         arguments: as for the op; tensors on the ``meta`` device, whose address 0 counts as aligned.
     """
     launches: list[Launch] = []
-    with _recording(launches):
+    with _recording(target, launches), assume(target):
         op(*arguments)
     return launches
 
 
 @contextmanager
-def _recording(launches: list[Launch]) -> Iterator[None]:
+def _recording(target: str, launches: list[Launch]) -> Iterator[None]:
     class Recorder:
         def __init__(self, kernel: Any) -> None:
             self.kernel = kernel
@@ -118,7 +134,8 @@ def _recording(launches: list[Launch]) -> Iterator[None]:
             return partial(self.launch, grid)
 
         def launch(self, grid: tuple[int, ...], *positional: Any, num_warps: int, **named: Any) -> None:
-            launches.append(_specialised(self.kernel, grid, num_warps, positional, named))
+            options: dict[str, int] = {name: named.pop(name) for name in ("num_stages", "maxnreg") if name in named}
+            launches.append(_specialised(target, self.kernel, grid, num_warps, options, positional, named))
 
     kernels = [
         (family, name, value)
@@ -136,7 +153,13 @@ def _recording(launches: list[Launch]) -> Iterator[None]:
 
 
 def _specialised(
-    kernel: Any, grid: tuple[int, ...], num_warps: int, positional: tuple[Any, ...], named: dict[str, Any]
+    target: str,
+    kernel: Any,
+    grid: tuple[int, ...],
+    num_warps: int,
+    options: dict[str, int],
+    positional: tuple[Any, ...],
+    named: dict[str, Any],
 ) -> Launch:
     values = dict(zip(kernel.arg_names, positional, strict=False)) | named
     signature: dict[str, str] = {}
@@ -155,16 +178,25 @@ def _specialised(
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 divisible.append(name)
-    return Launch(kernel, grid, num_warps, tuple(signature.items()), tuple(constants.items()), tuple(divisible))
+    return Launch(
+        target,
+        kernel,
+        grid,
+        num_warps,
+        tuple(options.items()),
+        tuple(signature.items()),
+        tuple(constants.items()),
+        tuple(divisible),
+    )
 
 
-def resources(launch: Launch, target: str) -> Resources:
-    """Compile the kernel of a launch for one of :data:`TARGETS`, and read what one program of it takes."""
-    return _resources(replace(launch, grid=()), target)
+def resources(launch: Launch) -> Resources:
+    """Compile the kernel of a launch, and read what one program of it takes."""
+    return _resources(replace(launch, grid=()))
 
 
 @cache
-def _resources(launch: Launch, target: str) -> Resources:
+def _resources(launch: Launch) -> Resources:
     names = launch.kernel.arg_names
     source = ASTSource(
         launch.kernel,
@@ -172,7 +204,8 @@ def _resources(launch: Launch, target: str) -> Resources:
         {(names.index(name),): value for name, value in launch.constants},
         {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
     )
-    return _read(triton.compile(source, target=TARGETS[target], options={"num_warps": launch.num_warps}), target)
+    options = {"num_warps": launch.num_warps, **dict(launch.options)}
+    return _read(triton.compile(source, target=TARGETS[launch.target], options=options), launch.target)
 
 
 def _read(compiled: Any, target: str) -> Resources:
@@ -198,13 +231,17 @@ def _read(compiled: Any, target: str) -> Resources:
         )
     usage = _resource_usage(compiled.asm["cubin"])
     assembly = compiled.asm["ptx"]
+    wanted = re.search(r"__local_depot\d+\[(\d+)\]", assembly)  # stack before registers are assigned; frames come by 8 bytes
+    frame = -(-int(wanted.group(1)) // 8) * 8 if wanted else 0
     return Resources(
         registers=usage["REG"],
         stack=usage["STACK"],
-        spilled=usage["LOCAL"],
+        spilled=usage["LOCAL"] + max(0, usage["STACK"] - frame),
         shared=shared,
         threads=threads,
-        wide_loads=len(re.findall(r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)", assembly)),
+        wide_loads=len(
+            re.findall(r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)|cp\.async\.cg\.shared\.global.*, 0x10", assembly)
+        ),
         assembly=assembly,
     )
 

@@ -52,6 +52,8 @@ def cases() -> Iterator[Case]:
     yield from _convolutions()
     yield from _topk()
     yield from _thresholds()
+    yield from _gradients()
+    yield from _conv_gradients()
     yield from _updates()
     yield from _extremes()
 
@@ -136,8 +138,69 @@ def _thresholds() -> Iterator[Case]:
     yield select("depthwise 7x7 fp32", tensor(768, 49), wide=False)
 
 
+def _csr(O: int, nnz: int) -> tuple[Tensor, Tensor]:
+    return tensor(O + 1, dtype=torch.int32), tensor(nnz, dtype=torch.int32)
+
+
+def _gradients() -> Iterator[Case]:
+    def case(name: str, gy: Tensor, x: Tensor, nnz: int, wide: bool = False) -> Case:
+        arguments = (gy, x, *_csr(gy.shape[1], nnz))
+        return Case(f"sampled_grad {name}", backend.sampled_grad, arguments, _size(gy, x) + 8 * nnz, wide)
+
+    # Distinct columns that k entries of every output leave of a layer's input. On a pretrained ViT-S they were at k=1 a
+    # fifth or so (of fc2 3-9 %) and at k=4 of fc2 7-25 %; for the others at k=4 a half is assumed.
+    vit_b = (("qkv", 2304, 160, 384), ("proj", 768, 160, 384), ("fc1", 3072, 160, 384), ("fc2", 768, 192, 512))
+    for dtype in (BF16, FP32):
+        for layer, O, *distinct in vit_b:
+            for k, C in zip((1, 4), distinct, strict=True):
+                gy, x = tensor(64 * 197, O, dtype=dtype), tensor(64 * 197, C, dtype=dtype)
+                yield case(f"ViT-B/16 {layer}, batch 64, {_short(dtype)}, k={k}, {C} columns", gy, x, O * k, True)
+    for dtype in (BF16, FP16, FP32):
+        gy, x = tensor(12608, 3072, dtype=dtype), tensor(12608, 768, dtype=dtype)
+        yield case(f"ViT-B/16 fc1, batch 64, {_short(dtype)}, 5 %, 768 columns", gy, x, 117_964, True)
+    gy, x = tensor(12608, 768, dtype=BF16), tensor(12608, 3072, dtype=BF16)
+    yield case("ViT-B/16 fc2, batch 64, bf16, k=1, 3072 columns", gy, x, 768)
+    yield case(
+        "ViT-B/16 head, batch 64, bf16, k=1, 48 columns", tensor(64, 1000, dtype=BF16), tensor(64, 48, dtype=BF16), 1000
+    )
+    for dtype in (BF16, FP32):
+        gy, x = tensor(12608, 3072, dtype=dtype), tensor(12608, 137, dtype=dtype)
+        yield case(f"ViT-B/16 fc1, batch 64, {_short(dtype)}, k=8, 137 columns", gy, x, 24_576)
+    for dtype in (BF16, FP16, FP32):
+        for other in (BF16, FP16, FP32):
+            for nnz in (768, 76_800):
+                odd = tensor(12609, 2311, dtype=dtype)[:, ::3], tensor(137, 12609, dtype=other).t()
+                yield case(f"odd strides, {_short(dtype)} and {_short(other)}, {nnz} entries", *odd, nnz)
+    for C in (768, 50):  # both widths of a tile, 32 entries per output in each look
+        gy, x = tensor(256 * 197, 1280, dtype=BF16), tensor(256 * 197, C, dtype=BF16)
+        yield case(f"batch 256, bf16, 32 entries in each of 1280 rows, {C} columns", gy, x, 40_960)
+
+
+def _conv_gradients() -> Iterator[Case]:
+    def case(name: str, x: Tensor, O: int, k: int, stride: int, padding: int, per_output: int, groups: int = 1) -> Case:
+        size = [(side + 2 * padding - k) // stride + 1 for side in x.shape[2:]]
+        gy = tensor(x.shape[0], O, *size, dtype=x.dtype)
+        if x.stride(1) == 1:
+            gy = gy.to(memory_format=torch.channels_last)
+        csr = _csr(O, O * per_output)
+        arguments = (gy, x, *csr, [k, k], [stride, stride], [padding] * 4, [1, 1], groups)
+        return Case(f"sampled_grad_conv2d {name}", backend.sampled_grad_conv2d, arguments, _size(gy, x) + 8 * O, False)
+
+    for dtype in (BF16, FP16, FP32):
+        image = tensor(64, 3, 224, 224, dtype=dtype)
+        yield case(f"ViT-B/16 patches, batch 64, {_short(dtype)}, k=1", image, 768, 16, 16, 0, 1)
+        image = tensor(64, 64, 56, 56, dtype=dtype)
+        last = image.to(memory_format=torch.channels_last)
+        yield case(f"ResNet 3x3, 64 channels, batch 64, {_short(dtype)}, k=4", image, 64, 3, 1, 1, 4)
+        yield case(f"ResNet 3x3, 64 channels, batch 64, {_short(dtype)}, channels-last, k=4", last, 64, 3, 1, 1, 4)
+    image = tensor(64, 384, 14, 14, dtype=BF16)
+    yield case("ConvNeXt-T 7x7, 384 channels, batch 64, bf16, k=1", image, 384, 7, 1, 3, 1, groups=384)
+    yield case("ResNet stem 7x7, batch 64, fp32, k=1", tensor(64, 3, 224, 224), 64, 7, 2, 3, 1)
+    yield case("ResNet 1x1, 256 channels, batch 64, bf16, k=4", tensor(64, 256, 7, 7, dtype=BF16), 64, 1, 1, 0, 4)
+
+
 def _updates() -> Iterator[Case]:
-    def adamw(name: str, weights: list[Tensor], compact: bool, scaler: bool) -> Case:
+    def adamw(name: str, weights: list[Tensor], compact: bool, scaler: bool, zero: bool = False) -> Case:
         counts = [W.numel() // 100 for W in weights]
         dtype = weights[0].dtype
         arguments = (
@@ -157,9 +220,10 @@ def _updates() -> Iterator[Case]:
             False,
             tensor() if scaler else None,
             tensor() if scaler else None,
+            zero,
         )
         weight = 2 * SECTOR if dtype == FP32 else SECTOR + 2 * 4  # read and written, or written, beside its master
-        grad = weights[0].element_size() if compact else SECTOR
+        grad = (weights[0].element_size() if compact else SECTOR) * (2 if zero else 1)
         return Case(
             f"masked_adamw {name}", backend.masked_adamw_, arguments, sum(counts) * (4 + 4 * 4 + weight + grad), False
         )
@@ -167,6 +231,7 @@ def _updates() -> Iterator[Case]:
     yield adamw("ViT-B/16, 1 %, fp32, dense gradients", vit_weights(12, 768, FP32), compact=False, scaler=False)
     yield adamw("ViT-B/16, 1 %, fp32, compact gradients", vit_weights(12, 768, FP32), compact=True, scaler=False)
     yield adamw("ViT-H/14, 1 %, bf16, compact gradients, scaler", vit_weights(32, 1280, BF16), compact=True, scaler=True)
+    yield adamw("ViT-H/14, 1 %, bf16, zeroed gradients, scaler", vit_weights(32, 1280, BF16), False, True, zero=True)
     for dtype in (BF16, FP16, FP32):
         W, nnz = tensor(3072, 768, dtype=dtype), 23592
         arguments = (W, tensor(3073, dtype=torch.int32), tensor(nnz, dtype=torch.int32), tensor(nnz))
@@ -178,13 +243,25 @@ def _extremes() -> Iterator[Case]:
     """Sizes of 1, which Triton compiles in, and sizes and strides beyond 32 bits, which change the types of arguments."""
     one, int32 = tensor(1, 1), torch.int32
     far = torch.empty_strided((48, 768), (2**31 + 16, 1), device="meta")  # a slice of something huge
-    taps = [1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, 1.0
+    taps = [1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, 1.0  # without the last: no order of a norm
     calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = [
         (backend.column_norm_, (one, tensor(1, dtype=torch.float64), 1.0)),
         (backend.column_norm_, (tensor(2**31 + 16, 1), tensor(1, dtype=torch.float64), float("inf"))),
         (backend.column_norm_, (far, tensor(768, dtype=torch.float64), 2.0)),
         (backend.column_norm_conv2d_, (tensor(1, 1, 1, 1), tensor(1, 1, dtype=torch.float64), *taps)),
         (backend.column_norm_conv2d_, (tensor(2, 3, 40_000, 40_000), tensor(1, 3, dtype=torch.float64), *taps)),
+    ]
+    calls += [
+        (backend.sampled_grad, (one, one, *_csr(1, 1))),
+        (backend.sampled_grad, (tensor(1, 1, dtype=BF16), tensor(1, 1, dtype=BF16), *_csr(1, 1))),
+        (backend.sampled_grad, (far, far, *_csr(768, 768))),
+        (backend.sampled_grad, (far, far, *_csr(768, 76_800))),
+        (backend.sampled_grad, (tensor(2**31 + 16, 1), tensor(2**31 + 16, 900), *_csr(1, 1))),
+        (backend.sampled_grad_conv2d, (tensor(1, 1, 1, 1), tensor(1, 1, 1, 1), *_csr(1, 1), *taps[:5])),
+        (
+            backend.sampled_grad_conv2d,
+            (tensor(2, 3, 40_000, 40_000), tensor(2, 3, 40_000, 40_000), *_csr(3, 3), *taps[:5]),
+        ),
     ]
     for W in (one, far):
         nnz = W.shape[0]

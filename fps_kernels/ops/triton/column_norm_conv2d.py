@@ -165,9 +165,11 @@ def _partial_conv_norms(
                     else:
                         part = tl.zeros([BLOCK_P, BLOCK_C * BLOCK_V], tl.float32)
                     for t in tl.static_range(IMAGES):
+                        # A block of the same number: newer interpreters make integers of a mask and-ed with a scalar.
+                        another = tl.full([1, BLOCK_C * BLOCK_V], image + t, tl.int64) < last_image
                         x = tl.load(
                             x_ptr + (image + t) * stride_b + offsets,
-                            mask=inside & (image + t < last_image),
+                            mask=inside & another,
                             other=0.0,
                         )  # [P, N]
                         part = accumulate(part, x, ORD)

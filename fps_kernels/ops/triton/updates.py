@@ -38,6 +38,7 @@ def masked_adamw_(
     maximize: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    zero_grads: bool,
 ) -> None:
     """:func:`fps_kernels.ops.reference.masked_adamw_` in one launch, without waiting for the device.
 
@@ -77,7 +78,7 @@ def masked_adamw_(
             clean = (found_inf == 0).to(torch.float32).reshape(())
             torch._foreach_add_(steps, [clean] * len(steps))  # as a list: never read by the host
         if map_.numel():
-            launch_masked_adamw(pointers, map_, lrs, maximize, grad_scale, found_inf)
+            launch_masked_adamw(pointers, map_, lrs, maximize, grad_scale, found_inf, zero_grads)
 
 
 def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor) -> None:
@@ -87,7 +88,13 @@ def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Ten
 
 
 def launch_masked_adamw(
-    pointers: Tensor, map_: Tensor, lrs: Tensor, maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None
+    pointers: Tensor,
+    map_: Tensor,
+    lrs: Tensor,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    zero_grads: bool,
 ) -> None:
     _masked_adamw[(map_.numel(),)](
         pointers,
@@ -97,6 +104,7 @@ def launch_masked_adamw(
         found_inf,
         lrs.numel(),
         MAXIMIZE=maximize,
+        ZERO_GRADS=zero_grads,
         BLOCK=BLOCK,
         num_warps=4,
     )
@@ -128,7 +136,7 @@ def _log(beta: float) -> float:
 
 
 @triton.jit
-def _rows_of(row_offsets_ptr, entries, O, search_steps):
+def rows_of(row_offsets_ptr, entries, O, search_steps):
     """The row of each entry ``[BLOCK]``: the last whose offset does not exceed the entry, so empty rows drop out."""
     entries = entries.to(tl.int32)  # what wraps around lies past the last entry, and is masked
     low = tl.zeros_like(entries)  # row_offsets[low] <= entry
@@ -178,13 +186,15 @@ def _masked_adamw(
     found_inf_ptr,
     tensors,
     MAXIMIZE: tl.constexpr,
+    ZERO_GRADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``reference.masked_adamw_``: AdamW (Loshchilov & Hutter 2019, algorithm 2) in the order of operations of
     ``torch.optim.AdamW``, on entries scattered over many tensors.
 
     Must move, per entry: 4 bytes of column, the moments in and out (16), the master in and out (8, where there is one),
-    and the sectors (32 bytes each) that hold its gradient and its weight, the weight's also back.
+    and the sectors (32 bytes each) that hold its gradient and its weight, the weight's also back, as the gradient's if it
+    is set to zero.
     """
     block = tl.load(map_ptr + tl.program_id(0))  # tensor << 32 | number of the program within it
     tensor = block >> 32
@@ -214,16 +224,19 @@ def _masked_adamw(
     step_size = (-lr / bias_correction1).to(tl.float32)
 
     entries = (block & 0xFFFFFFFF) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
-    inside = entries < tl.load(fields + 9)
+    nnz = tl.load(fields + 9)
+    exists = entries < nnz
     if found_inf_ptr is not None:
-        clean = tl.where(tl.load(found_inf_ptr) == 0, 1, 0)
-        inside = inside & (clean > 0)
-    rows = _rows_of(row_offsets_ptr, entries, tl.load(fields + 8), tl.load(fields + 18))
-    columns = tl.load(columns_ptr + entries, mask=inside, other=0).to(tl.int64)
+        nnz = tl.where(tl.load(found_inf_ptr) == 0, nnz, 0)  # a skipped step has no entries but to zero
+    inside = entries < nnz
+    rows = rows_of(row_offsets_ptr, entries, tl.load(fields + 8), tl.load(fields + 18))
+    columns = tl.load(columns_ptr + entries, mask=exists, other=0).to(tl.int64)
     positions = rows * tl.load(fields + 10) + columns * tl.load(fields + 11)
     grad_positions = rows * tl.load(fields + 12) + columns * tl.load(fields + 13) + entries * tl.load(fields + 14)
 
     grad = _load_any(grad_address, grad_positions, tl.load(fields + 16), inside)
+    if ZERO_GRADS:  # of a skipped step, too
+        _store_any(grad_address, grad_positions, tl.zeros_like(grad), tl.load(fields + 16), exists)
     if grad_scale_ptr is not None:
         grad = tl.div_rn(grad, tl.zeros_like(grad) + tl.load(grad_scale_ptr))
     if MAXIMIZE:
@@ -266,7 +279,7 @@ def _scatter_values(
     """``reference.scatter_values_``. Must move, per entry: its column, its value, and the sector of ``W`` it goes to."""
     entries = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = entries < nnz
-    rows = _rows_of(row_offsets_ptr, entries, O, search_steps)
+    rows = rows_of(row_offsets_ptr, entries, O, search_steps)
     columns = tl.load(columns_ptr + entries, mask=inside, other=0).to(tl.int64)
     value = to_float32(tl.load(values_ptr + entries, mask=inside, other=0.0))
     pointers = W_ptr + rows * stride_o + columns * stride_c

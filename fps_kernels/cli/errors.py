@@ -1,0 +1,63 @@
+"""What becomes of errors: one line on standard error and an exit code."""
+
+import sys
+from typing import Any
+
+import typer
+
+# typer carries a copy of click or uses the installed one, depending on its version: this class is the one it raises.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+_ClickException: Any = _UsageError.__mro__[1]
+
+
+class InterruptedRunError(Exception):
+    """A run that was asked to stop and did so in order.
+
+    Attributes:
+        exit_code: 128 + the number of the signal.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run(app: typer.Typer) -> int:
+    """Run the command line and return its exit code; anything but a mistake in this package is told in one line."""
+    try:
+        code = app(standalone_mode=False, prog_name="fps-kernels")
+        return code if isinstance(code, int) else 0
+    except InterruptedRunError as error:
+        return _tell(str(error), error.exit_code, "interrupted")
+    except (KeyboardInterrupt, typer.Abort):
+        return _tell("", 130, "interrupted")
+    except _ClickException as error:
+        context = getattr(error, "ctx", None)
+        usage = f" ({context.command_path} --help)" if context is not None else ""
+        text = error.format_message()
+        return _tell(f"{text}{usage}", 2) if text else 2
+    except Exception as error:
+        if not _is_the_users(error):
+            raise
+        return _tell((str(error) or type(error).__name__) + _hint(error), 2)
+
+
+def _is_the_users(error: Exception) -> bool:
+    """Whether an error says something about the input rather than about a mistake in this package."""
+    import torch
+    from safetensors import SafetensorError
+
+    return isinstance(error, ValueError | TypeError | ImportError | OSError | SafetensorError | torch.OutOfMemoryError)
+
+
+def _hint(error: Exception) -> str:
+    """What brings a package that is missing, where the message does not say it."""
+    if isinstance(error, ModuleNotFoundError) and "pip install" not in str(error):
+        return f"; the command needs {error.name}: pip install 'fps-kernels[cli]'"
+    return ""
+
+
+def _tell(text: str, code: int, label: str = "error") -> int:
+    line = " ".join(text.split())
+    print(f"{label}: {line}" if line else label, file=sys.stderr)
+    return code

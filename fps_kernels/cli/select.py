@@ -1,0 +1,106 @@
+"""``fps-kernels select``."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fps_kernels.cli import options
+from fps_kernels.cli.config import Config
+from fps_kernels.cli.options import Device, Precision, ScorerName
+from fps_kernels.cli.output import note, print_json, print_selection
+from fps_kernels.cli.paths import check_writable
+
+
+def select(
+    model: options.Model,
+    *,
+    checkpoint: options.Checkpoint = None,
+    pretrained: options.Pretrained = False,
+    image_size: options.ImageSize = None,
+    dtype: options.DType = Precision.fp32,
+    device: options.OnDevice = Device.auto,
+    data: options.Data,
+    data_root: options.DataRoot = None,
+    download: options.Download = False,
+    train_split: options.TrainSplit = None,
+    workers: options.Workers = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.", rich_help_panel=options.DATA)] = 32,
+    seed: options.Seed = 0,
+    scorer: options.Scorer = ScorerName.fps,
+    anchor: options.Anchor = None,
+    k: options.PerRow = None,
+    density: options.Density = None,
+    across: options.Global_ = False,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    dense: options.Dense = None,
+    samples: options.Samples = 1024,
+    micro_batch: options.MicroBatch = None,
+    output: Annotated[Path, typer.Option(help="The selection, a safetensors file.", metavar="FILE")],
+    json: options.Json = False,
+    config: Config = None,
+) -> None:
+    """Choose the entries worth tuning for some images: forward passes only, no labels, no gradients.
+
+    \b
+    Example: fps-kernels select vit_base_patch16_224 --pretrained --data cifar10 \\
+                 --k 4 --output fps.safetensors
+    """
+    check_writable(output)
+    from fps_kernels.cli.choice import Choice, choose
+    from fps_kernels.cli.images import Reading, default_workers, training_images
+    from fps_kernels.cli.models import load_model
+    from fps_kernels.memory import format_bytes
+
+    choice = Choice(
+        scorer=scorer,
+        anchor=anchor,
+        k=k,
+        density=density,
+        across=across,
+        include=tuple(include) if include else None,
+        exclude=tuple(exclude) if exclude else None,
+        dense=tuple(dense) if dense else None,
+        samples=samples,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        seed=seed,
+    )
+    place = device.resolve()
+    images = training_images(data, train_split, data_root, download)
+    loaded = load_model(
+        model,
+        checkpoint=checkpoint,
+        pretrained=pretrained,
+        classes=max(2, len(images.classes)),
+        image_size=image_size,
+        dtype=dtype.dtype,
+        device=place,
+        seed=seed,
+    )
+    reading = Reading(default_workers() if workers is None else workers, loaded.mode, place.type == "cuda")
+    chosen = choose(loaded, images, choice, reading)
+    side = str(loaded.config["input_size"][-1])
+    described = {**chosen.selection.description, "model": model, "image_size": side, "images": str(chosen.images)}
+    selection = replace(chosen.selection.to("cpu"), description=described)
+    selection.save(output)
+    cost = {"seconds": round(chosen.seconds, 3), "peak_memory": chosen.peak_memory}
+    if json:
+        about = {"file": str(output), "entries": selection.nnz, "density": selection.density}
+        rows = selection.summary()
+        print_json({**about, "trained_whole": len(selection.dense), **described, **cost, "weights": rows})
+        return
+    print_selection(f"{model}: {described['scorer']}, {described['budget']}, {chosen.images} images", selection)
+    typer.echo(
+        f"chosen: {selection.nnz:,} entries, {selection.density:.3%}; {len(selection.dense)} parameters trained whole"
+    )
+    typer.echo(f"time: {chosen.seconds:.1f} s, peak memory: {format_bytes(chosen.peak_memory)}")
+    typer.echo(f"written: {output}")
+    if selection.skipped:
+        why: dict[str, int] = {}
+        for reason in selection.skipped.values():
+            why[reason] = why.get(reason, 0) + 1
+        listed = (f"{count} {'weight' if count == 1 else 'weights'}: {reason}" for reason, count in why.items())
+        note("not chosen from: " + "; ".join(listed))
