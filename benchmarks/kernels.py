@@ -233,11 +233,28 @@ def adamw(report: Report, weights: list[Tensor], factors: list[Tensor]) -> None:
                 False,
                 None,
                 None,
+                False,
             ),
             {"torch.optim.AdamW(fused=True)": dense.step},
             sum(nnz) * (3 * 64 + 28),
             at_least={"torch.optim.AdamW(fused=True)": 20},
         )
+
+
+def sampled_gradients(report: Report) -> None:
+    """Of two layers of ViT-B at batch 16, entries in the fifth of the columns that a pretrained network leaves at k=1."""
+    for label, M, C, O in (("fc1", 3152, 768, 3072), ("fc2", 3152, 3072, 768)):
+        gy, x = torch.randn(M, O), torch.randn(M, C)
+        used = torch.randperm(C)[: C // 5]
+        for k in (1, 4, 8, 16):
+            columns = torch.stack([used[torch.randperm(len(used))[:k]].sort().values for _ in range(O)]).flatten().int()
+            row_offsets = torch.arange(O + 1, dtype=torch.int32) * k
+            report.add(
+                f"sampled_grad ViT-B {label}, batch 16, k={k}",
+                lambda gy=gy, x=x, csr=(row_offsets, columns): ops.sampled_grad(gy, x, *csr),
+                {"gy.t() @ x": lambda gy=gy, x=x: gy.t() @ x},
+                gy.nbytes + 4 * M * len(used),
+            )
 
 
 def main() -> None:
@@ -267,6 +284,7 @@ def main() -> None:
             rounds=1,
         ),
         "adamw": lambda: adamw(report, weights, factors),
+        "sampled_grad": lambda: sampled_gradients(report),
     }
     for name, measure in groups.items():
         if not options.only or options.only in name:
@@ -278,7 +296,13 @@ def main() -> None:
         command = "python -m benchmarks.kernels" + (" --quick" if options.quick else "")
         command += f" --threads {options.threads}" if options.threads else ""
         rows = [asdict(row) for row in report.rows]
-        save("kernels", command, rows, isa=native.isa(), copy_gbytes_per_s=report.copy_gbytes_per_s)
+        save(
+            "kernels_quick" if options.quick else "kernels",
+            command,
+            rows,
+            isa=native.isa(),
+            copy_gbytes_per_s=report.copy_gbytes_per_s,
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,24 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def alternate(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def alternate(contestants: dict[str, Callable[[], object]], rounds: int, before: int = 0) -> dict[str, list[float]]:
     """Milliseconds of every contestant in every round, after one round that does not count.
 
     Machines are noisy, so that only ratios within a round mean something. The order is turned around in every other
     round, so that no contestant always profits from what the one before it left in the caches.
+
+    Args:
+        contestants: what to run, by name.
+        rounds: how often.
+        before: runs of the same contestant that do not count before each that does, for what is done many times on end.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for run in contestants.values():
         run()
     for i in range(rounds):
         for name, run in list(contestants.items())[:: 1 if i % 2 == 0 else -1]:
+            for _ in range(before):
+                run()
             start = time.perf_counter()
             run()
             times[name].append((time.perf_counter() - start) * 1e3)
@@ -43,8 +51,11 @@ def machine() -> dict[str, str | int]:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         processor = names[0] if names else processor
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    git = partial(subprocess.run, cwd=RESULTS.parents[1], capture_output=True, text=True, check=False)
+    commit = git(["git", "describe", "--always"]).stdout.strip()
+    # Results that this or another benchmark has written don't make the code another one.
+    if git(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]).stdout.strip():
+        commit += "-dirty"
     return {
         "processor": processor,
         "threads": torch.get_num_threads(),

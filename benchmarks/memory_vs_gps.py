@@ -109,7 +109,13 @@ def main() -> None:
     print(table(["method", *by_model], body))
     print("published: FPS needs at least 9× (v1) and 18× (v2) less memory than GPS")
     command = "python -m benchmarks.memory_vs_gps" + (" --quick" if options.quick else "")
-    save("memory_vs_gps", command, rows, reality=real, overlap_of_micro_batches=overlap)
+    save(
+        "memory_vs_gps_quick" if options.quick else "memory_vs_gps",
+        command,
+        rows,
+        reality=real,
+        overlap_of_micro_batches=overlap,
+    )
 
 
 if __name__ == "__main__":

@@ -112,7 +112,12 @@ def main() -> None:
     print(f"{name}, one batch of 16, {torch.get_num_threads()} threads, {rounds} rounds; target for FPS: ≤ 1.01×")
     body = [[str(row["method"]), f"{row['ms']:.0f}", f"{row['over_forward']:.3f}×"] for row in rows]
     print(table(["method", "ms", "over forward"], body))
-    save("selection_time", "python -m benchmarks.selection_time" + (" --quick" if options.quick else ""), rows, model=name)
+    save(
+        "selection_time_quick" if options.quick else "selection_time",
+        "python -m benchmarks.selection_time" + (" --quick" if options.quick else ""),
+        rows,
+        model=name,
+    )
 
 
 if __name__ == "__main__":

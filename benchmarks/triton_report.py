@@ -1,8 +1,9 @@
 """What the Triton kernels need of a GPU, read from machine code compiled ahead of time. Runs without a GPU; times nothing.
 
 For every call in ``fps_kernels.ops.triton.cases`` and every target: registers, shared memory and occupancy of each kernel
-it launches; and the least time in which the bytes it must move fit through the memory of an A100 and an H100. Everything
-here is calculated. Writes ``benchmarks/results/triton_report.json``.
+it launches; and the least time in which the bytes it must move fit through the memory of an A100 and an H100. For
+`sampled_grad` also whether it multiplies tiles or gathers, and at how many entries it changes its mind. Everything here is
+calculated. Writes ``benchmarks/results/triton_report.json``.
 
     python -m benchmarks.triton_report
 """
@@ -10,14 +11,14 @@ here is calculated. Writes ``benchmarks/results/triton_report.json``.
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import triton
 
 from fps_kernels.ops import interpreted
-from fps_kernels.ops.triton import aot, cases
+from fps_kernels.ops.triton import aot, cases, gradients
 
 RESULTS = Path(__file__).parent / "results" / "triton_report.json"
 # Vendors' figures: 80 GB SXM modules, bytes per second.
@@ -69,33 +70,45 @@ def occupancy(needs: aot.Resources, limits: Limits) -> tuple[int, str]:
 
 
 def kernel_rows(case: cases.Case) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    seen = set()
-    for launch in aot.record(case.op, *case.arguments):
-        key = (launch.kernel, launch.signature, launch.constants)
-        if key in seen:
-            continue
-        seen.add(key)
-        for target, limits in LIMITS.items():
-            needs = aot.resources(launch, target)
+    """One row for each kernel and target; a kernel's targets follow one another."""
+    rows: list[tuple[int, dict[str, object]]] = []
+    for target, limits in LIMITS.items():
+        first: dict[aot.Launch, int] = {}  # programs of the first of several equal launches
+        for launch in aot.record(target, case.op, *case.arguments):
+            first.setdefault(replace(launch, grid=()), launch.programs)
+        for position, (launch, programs) in enumerate(first.items()):
+            needs = aot.resources(launch)
             resident, limiting = occupancy(needs, limits)
-            rows.append(
-                {
-                    "kernel": launch.name.lstrip("_"),
-                    "target": target,
-                    "programs": launch.programs,
-                    "threads": needs.threads,
-                    "registers": needs.registers,
-                    "shared_bytes": needs.shared,
-                    "stack_bytes": needs.stack,
-                    "spilled": needs.spilled,
-                    "wide_loads": needs.wide_loads,
-                    "resident_programs_calculated": resident,
-                    "occupancy_calculated": round(resident * needs.threads / limits.threads, 3),
-                    "limited_by": limiting,
-                }
-            )
-    return rows
+            row: dict[str, object] = {
+                "kernel": launch.name.lstrip("_"),
+                "target": target,
+                "programs": programs,
+                "threads": needs.threads,
+                "registers": needs.registers,
+                "shared_bytes": needs.shared,
+                "stack_bytes": needs.stack,
+                "spilled": needs.spilled,
+                "wide_loads": needs.wide_loads,
+                "resident_programs_calculated": resident,
+                "occupancy_calculated": round(resident * needs.threads / limits.threads, 3),
+                "limited_by": limiting,
+            }
+            rows.append((position, row))
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+
+
+def sampled_grad_way(case: cases.Case) -> dict[str, object]:
+    """Which way a call of ``sampled_grad`` takes, and from how many entries on it multiplies tiles; nothing for others."""
+    if case.op is not gradients.sampled_grad:
+        return {}
+    gy, x, _, columns = case.arguments
+    entries, least = columns.numel(), gradients.crossover(gy, x)
+    return {
+        "way": "tiles" if gradients.prefer_product(entries, gy, x) else "gathering",
+        "entries": entries,
+        "tiles_from_entries_calculated": math.ceil(least),
+        "tiles_from_density_calculated": round(least / (gy.shape[1] * x.shape[1]), 5),
+    }
 
 
 def main() -> None:
@@ -112,6 +125,13 @@ def main() -> None:
         times = {name: case.bytes / bandwidth * 1e6 for name, bandwidth in BANDWIDTH.items()}
         shown = ", ".join(f"{name} {time:.1f} µs" for name, time in times.items())
         print(f"\n{case.name}: at least {case.bytes / 2**20:.2f} MiB, {shown} (calculated)")
+        way = sampled_grad_way(case)
+        if way:
+            print(
+                f"  {way['entries']} entries, by {way['way']}; "
+                f"tiles from {way['tiles_from_entries_calculated']} entries on, "
+                f"density {way['tiles_from_density_calculated']:.2%} (calculated)"
+            )
         for row in rows:
             print(
                 f"  {row['kernel']:22}{row['target']:>9}{row['programs']:9}{row['threads']:9}{row['registers']:10}"
@@ -122,6 +142,7 @@ def main() -> None:
                 "case": case.name,
                 "least_bytes": case.bytes,
                 "least_microseconds_calculated": {name: round(time, 2) for name, time in times.items()},
+                **way,
                 "kernels": rows,
             }
         )

@@ -1,0 +1,345 @@
+"""The tables of ``benchmarks.render``: Markdown made from the files in ``benchmarks/results`` and from nothing else."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks import accuracy_table
+from benchmarks.measuring import RESULTS
+from fps_kernels.memory import format_bytes
+
+Row = dict[str, Any]
+Content = dict[str, Any]
+# The least that a data set must have before its accuracies are shown in the README.
+NEEDED = {"random", "FPS", "GPS", "linear", "full"}
+# What the README shows of kernels.json: operation and counterpart there, and what they are called here.
+KERNELS = {
+    ("column_norm_ [12608, 768] float32", "x.sum()"): ("`column_norm`, [12608, 768] float32", "`x.sum()`"),
+    ("column_norm_ [12608, 768] float32", "x.abs().sum(0)"): ("`column_norm`, [12608, 768] float32", "`x.abs().sum(0)`"),
+    ("score_topk k=1", "one read: W.sum()"): ("score + top-1, all of ViT-B's weights", "one read (`W.sum()`)"),
+    ("score_topk k=8", "one read: W.sum()"): ("score + top-8, all of ViT-B's weights", "one read (`W.sum()`)"),
+    ("score_topk k=8", "(W.abs() * a).topk(k)"): ("score + top-8, all of ViT-B's weights", "`(W.abs() * a).topk(k)`"),
+    ("score_kth + score_select 1 %", "one read: W.sum()"): ("exact global 1 % of ViT-B's weights", "one read (`W.sum()`)"),
+    ("score_kth + score_select 1 %", "torch.cat(scores).topk(k)"): (
+        "exact global 1 % of ViT-B's weights",
+        "`torch.cat(scores).topk(k)`",
+    ),
+    ("masked_adamw_ k=8 per row", "torch.optim.AdamW(fused=True)"): (
+        "AdamW step, 8 entries a row of ViT-B",
+        "`torch.optim.AdamW(fused=True)`",
+    ),
+    ("masked_adamw_ random 1 %", "torch.optim.AdamW(fused=True)"): (
+        "AdamW step, random 1 % of ViT-B",
+        "`torch.optim.AdamW(fused=True)`",
+    ),
+}
+
+
+def load(name: str) -> Content | None:
+    """A results file, or ``None`` where there is none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def accuracy_lines() -> list[Row]:
+    """The runs of ``accuracy.jsonl``."""
+    from benchmarks.accuracy import read  # not at the top: it brings in everything that tunes
+
+    return read(RESULTS / "accuracy.jsonl")
+
+
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table whose columns but the first ``left`` are aligned to the right."""
+    rules = ["---" if i < left else "---:" for i in range(len(head))]
+    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, *body)]
+    return "\n".join([rows[0], "|" + "|".join(rules) + "|", *rows[1:]])
+
+
+def source(content: Content) -> str:
+    """The line under a table: the command that made it, where, with what, and when."""
+    m = content.get("machine", content)
+    parts = [m.get("processor"), f"{m['threads']} thread{'s' * (m['threads'] != 1)}" if "threads" in m else None]
+    versions = (("torch", "torch"), ("triton", "Triton"), ("python", "Python"), ("commit", "commit"))
+    parts += [f"{name} {m[key]}" if key in m else None for key, name in versions]
+    parts.append(m.get("date"))
+    return f"<sub>`{content['command']}`: {', '.join(part for part in parts if part)}</sub>"
+
+
+def _over(ratio: float) -> str:
+    return f"{ratio:.2f}×" if ratio > 0.5 else f"1/{1 / ratio:.1f}"
+
+
+# ------------------------------------------------------------------------------------------------ one table each
+
+
+def memory(content: Content) -> str:
+    """Peak memory of choosing, by method and model, and how it was held against reality."""
+    rows = content["rows"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    cells = {(row["method"], row["model"]): f"{short_bytes(row['simulated'])} ({row['over_fps']:.1f}×)" for row in rows}
+    names = {"forward": "forward pass alone", "FPS": "FPS, whole batch"}
+    body = [
+        [names.get(method, method), *(cells.get((method, model), "–") for model in models)]
+        for method in dict.fromkeys(row["method"] for row in rows)
+    ]
+    real = {row["method"]: row for row in content["reality"]}
+    ours, theirs = real["FPS, micro-batches of 1"], real["GPS, cross-entropy"]
+    worst = max(abs(row["simulated"] / row["real"] - 1) for row in real.values())
+    ratio, overlap = theirs["real"] / ours["real"], content["overlap_of_micro_batches"]
+    note = (
+        f"Batch {rows[0]['batch']}. × is over FPS in micro-batches of 1; the papers state at least 9× and 18×. Simulated;\n"
+        f"{ours['model']} at batch {ours['batch']} was really run, too: FPS {short_bytes(ours['real'])}, "
+        f"GPS {short_bytes(theirs['real'])} ({ratio:.1f}×),\nsimulation within {worst:.2%}, and the "
+        f"micro-batched choice shares {overlap:.4%} of its entries with the unbatched one."
+    )
+    return "\n\n".join([markdown(["", *models], body), note, source(content)])
+
+
+def short_bytes(count: float) -> str:
+    """Bytes with as many digits as a table needs."""
+    number, unit = format_bytes(count).split()
+    return f"{float(number):.2f} {unit}" if unit == "GiB" else f"{float(number):.0f} {unit}"
+
+
+def _ms(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def selection_time(content: Content) -> str:
+    """Time of choosing over a bare forward pass."""
+    body = [[row["method"], f"{row['ms']:.0f}", f"{row['over_forward']:.3f}×"] for row in content["rows"]]
+    return "\n\n".join([markdown(["", "ms", "over forward"], body), source(content)])
+
+
+def kernels(content: Content, every: bool = False) -> str:
+    """CPU kernels against their counterparts.
+
+    Args:
+        content: of ``kernels.json``.
+        every: all rows under their own names, with targets, instead of the README's choice.
+    """
+    head = ["", "ms", "against", "ms", "ratio", "GB moved", "of copy bandwidth"] + ["target", ""] * every
+    met = {True: "met", False: "missed", None: ""}
+    body = []
+    for row in content["rows"]:
+        if not every and (row["op"], row["against"]) not in KERNELS:
+            continue
+        known = (f"`{row['op']}`", f"`{row['against']}`")
+        ours, theirs = known if every else KERNELS[row["op"], row["against"]]
+        cells = [ours, _ms(row["ms"]), theirs, _ms(row["against_ms"]), _over(row["ratio"]), f"{row['gbytes']:.3f}"]
+        cells.append(f"{row['of_copy_bandwidth']:.0%}")
+        body.append(cells + [row["target"], met[row["met"]]] * every)
+    made = markdown(head, body).replace("|---|---:|---:|---:|", "|---|---:|---|---:|", 1)
+    return "\n\n".join([made, f"`copy_` moves {content['copy_gbytes_per_s']:.0f} GB/s there.", source(content)])
+
+
+def training(content: Content, model: str | None = None) -> str:
+    """Peak memory and time of a training step, one table for each model that was run, and one of those simulated.
+
+    Args:
+        content: of ``training.json``.
+        model: show this one only, and nothing simulated.
+    """
+    parts = []
+    run = [row for row in content["rows"] if not row.get("simulated")]
+    for name in dict.fromkeys(row["model"] for row in run) if model is None else [model]:
+        rows = [row for row in run if row["model"] == name]
+        body = [
+            [
+                row["method"],
+                f"{row['trained']:,}",
+                short_bytes(row["peak_bytes"]),
+                f"{row['step_ms']:.0f}",
+                f"{row['time_over_full']:.2f}×",
+                f"{row['time_over_lora']:.2f}×",
+            ]
+            for row in rows
+        ]
+        head = [f"{name}, batch {rows[0]['batch']}", "trained", "peak memory", "ms a step", "over full", "over LoRA"]
+        parts.append(markdown(head, body))
+    if model is not None:
+        return "\n\n".join([*parts, source(content)])
+    if simulated := [row for row in content["rows"] if row.get("simulated")]:
+        models = list(dict.fromkeys(row["model"] for row in simulated))
+        cells = {(row["method"], row["model"]): short_bytes(row["peak_bytes"]) for row in simulated}
+        body = [
+            [method, *(cells.get((method, model), "–") for model in models)]
+            for method in dict.fromkeys(row["method"] for row in simulated)
+        ]
+        parts += [f"Peak memory at batch {simulated[0]['batch']}, simulated; every column counts as needed for `attach`:"]
+        parts.append(markdown(["", *models], body))
+    if shares := content.get("shares_of_time"):
+        kinds = list(next(iter(shares.values())))
+        body = [[model, *(f"{found[kind]:.1%}" for kind in kinds)] for model, found in shares.items()]
+        parts += ["Where the time of a step with 4 entries a neuron goes:", markdown(["", *kinds], body)]
+    return "\n\n".join([*parts, source(content)])
+
+
+def triton(content: Content) -> str:
+    """What the Triton kernels need, calculated."""
+    gpus = list(content["bandwidth_bytes_per_second"])
+    body = []
+    for case in content["cases"]:
+        occupancy = [row["occupancy_calculated"] for row in case["kernels"] if row["target"] == "sm_90"]
+        times = [f"{case['least_microseconds_calculated'][gpu]:.1f}" for gpu in gpus]
+        spilled = sum(row["spilled"] for row in case["kernels"])
+        body.append([case["case"], f"{case['least_bytes'] / 1e6:.1f}", *times, f"{min(occupancy):.0%}", str(spilled)])
+    head = ["", "MB", *(f"least µs, {gpu}" for gpu in gpus), "least occupancy, sm_90", "spilled"]
+    return "\n\n".join([markdown(head, body), source({"command": "python -m benchmarks.triton_report", **content})])
+
+
+# ------------------------------------------------------------------------------------------------ accuracy
+
+
+def _accuracy_source(lines: list[Row]) -> str:
+    def every(key: str) -> str:
+        return ", ".join(sorted({str(line[key]) for line in lines}))
+
+    settings = f"{every('model')}, {every('image_size')} pixels, {every('epochs')} epochs, batch {every('batch_size')}"
+    made = f"{every('processor')}, torch {every('torch')}, commit {every('commit')}, {every('date')}"
+    return f"<sub>`python -m benchmarks.accuracy`: {settings}; {made}</sub>"
+
+
+def accuracy(lines: list[Row]) -> str | None:
+    """Test accuracy in the data sets in which the methods that everything is compared with were run; else ``None``.
+
+    Ideas that were only tried are left to the page.
+    """
+    from benchmarks.ideas import IDEAS  # not at the top, like the above
+
+    tested = [line for line in accuracy_table.of_split(lines, "test") if line["method"] not in IDEAS]
+    datasets = {line["dataset"] for line in tested}
+    fit = {d for d in datasets if {line["method"] for line in tested if line["dataset"] == d} >= NEEDED}
+    shown = [line for line in tested if line["dataset"] in fit]
+    if not shown:
+        return None
+    head, body = accuracy_table.accuracy_rows(shown)
+    kept = [i for i, name in enumerate(head) if not name.startswith(("lr ", "trained "))]
+    made = markdown([head[i] for i in kept], [[row[i] for i in kept] for row in body])
+    note = "Percent of the test images, mean ± standard error over seeds (runs); learning rates chosen on training images."
+    return "\n\n".join(part for part in (made, note, lead(shown, "FPS"), _accuracy_source(shown)) if part)
+
+
+def lead(tested: list[Row], method: str) -> str:
+    """What a method gains over every other, in words: means over the runs that both have, with their intervals."""
+    ks = {line["k"] for line in tested if line["k"] is not None}
+    found = []
+    for other in dict.fromkeys(line["method"] for line in tested):
+        gain = accuracy_table.paired_runs(tested, method, other, ks)
+        if other != method and gain.count > 1:
+            found.append((gain.mean, f"{other} {gain.interval()} ({gain.count})"))
+    if not found:
+        return ""
+    gains = ", ".join(text for _, text in sorted(found))
+    return (
+        f"{method} minus each other method in percentage points, over all of these data sets and budgets, with the 95 % "
+        f"confidence interval over pairs of runs, and their number: {gains}."
+    )
+
+
+def accuracy_details(lines: list[Row]) -> str:
+    """Everything that ``accuracy.jsonl`` shows: accuracies, paired differences, updates, and screening."""
+    parts = []
+    if tested := accuracy_table.of_split(lines, "test"):
+        parts += ["Percent of the test images, mean ± standard error over seeds (runs):"]
+        parts += [markdown(*accuracy_table.accuracy_rows(tested))]
+        for baseline in ("random", "GPS"):
+            if any(line["method"] == baseline for line in tested):
+                parts += [
+                    f"Paired differences to {baseline} in percentage points, mean and 95 % confidence interval over runs, "
+                    "and its half-width over test images:",
+                    markdown(*accuracy_table.difference_rows(tested, baseline)),
+                ]
+        parts += ["Updates of the matrices in the blocks:", markdown(*accuracy_table.update_rows(tested))]
+        parts += [_accuracy_source(tested)]
+    if screened := accuracy_table.of_split(lines, "screen"):
+        parts += [
+            "Ideas for a better choice, compared on halves of the training images, all at one learning rate "
+            "(difference to random as above):",
+            markdown(*accuracy_table.accuracy_rows(screened)),
+            markdown(*accuracy_table.difference_rows(screened, "random")),
+        ]
+        if len({line["method"] for line in screened if line["update"]}) > 2:
+            parts += [
+                "Does it cost accuracy to change few columns? Spearman's rank correlation over these methods:",
+                markdown(*accuracy_table.concentration_rows(screened)),
+            ]
+        parts.append(_accuracy_source(screened))
+    return "\n\n".join(parts)
+
+
+def analysis(content: Content) -> str:
+    """How choices spread and what they catch, before any tuning."""
+    columns = {
+        "columns": "columns touched",
+        "densest_percent": "in the densest 1 % of columns",
+        "between_images": "input varies between images",
+        "gradient_steps_fitted_head": "of the gradient's energy",
+        "other_half": "same on other images",
+    }
+    body = [
+        [row["dataset"], str(row["k"]), row["method"], *(f"{row[key]:.1%}" if key in row else "–" for key in columns)]
+        for row in content["rows"]
+    ]
+    return "\n\n".join([markdown(["data set", "k", "choice", *columns.values()], body, left=1), source(content)])
+
+
+# ------------------------------------------------------------------------------------------------ scaling
+
+
+def exponents(content: Content, sweep: str) -> str:
+    """Every method of one sweep: its values and the fitted exponents."""
+    parts = []
+    for quantity, unit in (("memory", ""), ("time", ", ms")):
+        rows = [row for row in content["rows"] if (row["sweep"], row["quantity"]) == (sweep, quantity)]
+        if not rows:
+            continue
+        labels = list(dict.fromkeys(row["label"] for row in rows if not row["on_paper"]))
+        fits = {
+            (fit["method"], fit["of"]): fit
+            for fit in content["fits"]
+            if (fit["sweep"], fit["quantity"]) == (sweep, quantity)
+        }
+        body = []
+        for method in dict.fromkeys(row["method"] for row in rows):
+            values = {row["label"]: row["value"] for row in rows if row["method"] == method}
+            shown = [short_bytes(values[x]) if quantity == "memory" else f"{values[x]:.1f}" for x in labels]
+            ofs = ("value", "beyond_weights") if quantity == "memory" else ("value",)
+            body.append([method, *shown, *(_exponent(fits.get((method, of))) for of in ofs)])
+        kind = "simulated" if rows[0]["simulated"] else "run"
+        head = [f"{quantity}{unit} ({kind}, batch {_batches(rows)})", *labels, "exponent"]
+        parts.append(markdown(head + ["beyond the weights"] * (quantity == "memory"), body))
+    return "\n\n".join(parts)
+
+
+def _batches(rows: list[Row]) -> str:
+    found = sorted({row["batch"] for row in rows})
+    return str(found[0]) if len(found) == 1 else f"{found[0]}–{found[-1]}"
+
+
+def _exponent(fit: Row | None) -> str:
+    if fit is None:
+        return "–"
+    error = fit["standard_error"]
+    return f"{fit['exponent']:.2f}" + ("" if error is None else f" ± {error:.2f}")
+
+
+def on_paper(content: Content) -> str:
+    """The largest shapes: simulated only, beside what the fit to the smaller ones foretells."""
+    fits = {
+        f["method"]: f for f in content["fits"] if (f["sweep"], f["quantity"], f["of"]) == ("parameters", "memory", "value")
+    }
+    rows = [row for row in content["rows"] if row["on_paper"]]
+    labels = {row["label"]: f"{row['label']}, {row['x'] / 1e9:.2f} billion parameters" for row in rows}
+    body = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [method]
+        for label in labels:
+            row = next(row for row in rows if (row["method"], row["label"]) == (method, label))
+            foretold = fits[method]["factor"] * row["x"] ** fits[method]["exponent"]
+            cells += [short_bytes(row["value"]), short_bytes(foretold)]
+        body.append(cells)
+    head = ["peak memory"]
+    for label in labels.values():
+        head += [label, "by the power law"]
+    return markdown(head, body)
