@@ -8,14 +8,15 @@ import hashlib
 import io
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from benchmarks import accuracy_table
 from benchmarks.render_tables import Content, Row
@@ -33,6 +34,7 @@ COLOURS = {
 }
 OTHERS = ("#56b4e9", "#f0e442", "#888888", "#0072b2", "#009e73", "#e69f00", "#000000")
 MARKERS = "osD^vP*X<>"
+COLUMNS = 2  # panels side by side
 STYLE: dict[str, Any] = {
     "svg.hashsalt": "fps_kernels",
     "svg.fonttype": "none",
@@ -213,7 +215,8 @@ def accuracy(lines: list[Row]) -> Plot | None:
         panels.append(Panel(title, "% of test images, ± standard error", "", series, names=names, axis="y"))
     if not panels:
         return None
-    return Plot("accuracy", "Test accuracy by method", panels, 4.5 * max(2, len(panels)), 1.2 + 0.25 * len(names))
+    rows = -(-len(panels) // COLUMNS)
+    return Plot("accuracy", "Test accuracy by method", panels, height=rows * (1.0 + 0.22 * len(names)))
 
 
 # ------------------------------------------------------------------------------------------------ drawing
@@ -221,6 +224,13 @@ def accuracy(lines: list[Row]) -> Plot | None:
 
 def _plain(value: float, _: object = None) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
+
+
+def _apart(values: Iterable[float]) -> list[float]:
+    """Ticks where something was measured, except those whose labels would touch the next one's on a logarithmic axis."""
+    ticks = sorted(set(values))
+    nearest = (ticks[-1] / ticks[0]) ** 0.07
+    return [low for low, high in pairwise(ticks) if high > nearest * low] + ticks[-1:]
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
@@ -244,9 +254,11 @@ def _draw(axes: Axes, panel: Panel) -> None:
         (axes.set_xscale if name == "x" else axes.set_yscale)("log")
         axis.set_major_formatter(FuncFormatter(_plain))
         axis.set_minor_formatter(NullFormatter())
-    if panel.log == "xy":  # ticks where something was measured
-        ticks = sorted({x for s in panel.series for x in s.x})
-        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        low, high = axis.get_view_interval()
+        if high < 100 * low:  # powers of ten alone would leave the axis with a label or two
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    if panel.log == "xy":
+        axes.xaxis.set_major_locator(FixedLocator(_apart(x for s in panel.series for x in s.x)))
         axes.xaxis.set_minor_locator(NullLocator())
     if panel.axis:
         (axes.set_xticks if panel.axis == "x" else axes.set_yticks)(range(len(panel.names)), panel.names)
@@ -265,8 +277,10 @@ def draw(plot: Plot, kind: str = "svg") -> bytes:
     """
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(plot.width, plot.height), layout="constrained")
-        for axes, panel in zip(canvas.subplots(1, len(plot.panels), squeeze=False)[0], plot.panels, strict=True):
-            _draw(axes, panel)
+        columns = min(COLUMNS, len(plot.panels))
+        grid = canvas.subplots(-(-len(plot.panels) // columns), columns, squeeze=False).flat
+        for axes, panel in zip_longest(grid, plot.panels):
+            axes.axis("off") if panel is None else _draw(axes, panel)
         file = io.BytesIO()
         canvas.savefig(file, format=kind, metadata={"Date": None, "Creator": None} if kind == "svg" else None)
     if kind != "svg":
