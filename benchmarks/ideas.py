@@ -190,6 +190,18 @@ def only(kept: Callable[[str, int], bool], choice: Callable[[Any], Selection], o
     return replace(selection, weights={name: selection[name] for name in names})
 
 
+def rising(choice: Callable[[Any], Selection], o: Any) -> Selection:
+    """Entries per row that grow in proportion to depth, from about none in the first block to about ``2k`` in the last.
+
+    What is in no block keeps ``k``, so that there are as many entries in all as ``PerNeuron(k)`` has.
+    """
+    frame = _frame(o)
+    blocks = 1 + max(_block(name) for name in frame)
+    quotas = {name: o.k if _block(name) < 0 else round(2 * o.k * (_block(name) + 0.5) / blocks) for name in frame}
+    choices = {k: choice(replace(o, k=k)) for k in set(quotas.values()) if k}
+    return replace(frame, weights={name: choices[k][name] for name, k in quotas.items() if k})
+
+
 def _block(name: str) -> int:
     """Which block of a ViT a weight is in; -1 for none."""
     return int(name.split(".")[1]) if name.startswith("blocks.") else -1
@@ -302,6 +314,8 @@ IDEAS: dict[str, Callable[[Any], Selection]] = {
     "centred, last half": partial(
         only, lambda name, blocks: _block(name) >= blocks // 2, partial(top, lambda W, m: W.abs() * m.std)
     ),
+    "FPS, rising": partial(rising, partial(top, _fps)),
+    "random, rising": partial(rising, _random),
     "FPS, attention": partial(only, _within(".attn."), partial(top, _fps)),
     "FPS x activation": partial(top, lambda W, m: W.abs() * m.magnitude.square()),
 }
