@@ -80,11 +80,10 @@ class Occasion:
 
 
 Choice = Callable[[Occasion], Selection]
+Budget = Callable[[int], Any]
 
 
-def _by(
-    scorer: Callable[[Occasion], Any], ord: float, o: Occasion, budget: Callable[[int], Any] = fps.PerNeuron
-) -> Selection:
+def _by(scorer: Callable[[Occasion], Any], ord: float, o: Occasion, budget: Budget = fps.PerNeuron) -> Selection:
     return fps.select(o.model, stats=o.stats(ord), scorer=scorer(o), budget=budget(o.k), progress=False)
 
 
