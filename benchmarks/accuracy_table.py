@@ -114,18 +114,19 @@ def paired_images(lines: list[Line], method: str, baseline: str, ks: set[int]) -
 
 
 def _order(lines: list[Line]) -> list[str]:
-    """Methods, best first, by their mean lead over all methods in the data sets and budgets in which they were run."""
+    """Methods, best first, by their mean lead over the one with most runs, in the data sets, budgets and seeds of both."""
     ks = {line["k"] for line in lines if line["k"] is not None} or {0}
-    by_cell: dict[tuple[str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    cells: dict[str, dict[tuple[str, int, int], float]] = defaultdict(dict)
     for line in lines:
         for k in ks if line["k"] is None else {line["k"]}:
-            by_cell[line["dataset"], k][line["method"]].append(line["accuracy"])
-    leads: dict[str, list[float]] = defaultdict(list)
-    for found in by_cell.values():
-        means = {method: fmean(values) for method, values in found.items()}
-        for method, mean in means.items():
-            leads[method].append(mean - fmean(means.values()))
-    return sorted(leads, key=lambda method: -fmean(leads[method]))
+            cells[line["method"]][line["dataset"], k, line["seed"]] = line["accuracy"]
+    common = max(cells.values(), key=len)
+
+    def lead(method: str) -> float:
+        both = cells[method].keys() & common.keys()
+        return fmean(cells[method][cell] - common[cell] for cell in both) if both else -1.0
+
+    return sorted(cells, key=lead, reverse=True)
 
 
 def accuracy_rows(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
