@@ -217,7 +217,8 @@ def accuracy(lines: list[Row]) -> str | None:
     kept = [i for i, name in enumerate(head) if not name.startswith(("lr ", "trained "))]
     made = markdown([head[i] for i in kept], [[row[i] for i in kept] for row in body])
     note = "Percent of the test images, mean ± standard error over seeds (runs); learning rates chosen on training images."
-    return "\n\n".join(part for part in (made, note, lead(shown, "FPS"), _accuracy_source(shown)) if part)
+    leads = [lead(shown, method) for method in ("FPS", "FPS, RisingPerNeuron")]
+    return "\n\n".join(part for part in (made, note, *leads, _accuracy_source(shown)) if part)
 
 
 def lead(tested: list[Row], method: str) -> str:
@@ -228,7 +229,7 @@ def lead(tested: list[Row], method: str) -> str:
         gain = accuracy_table.paired_runs(tested, method, other, ks)
         if other != method and gain.count > 1:
             found.append((gain.mean, f"{other} {gain.interval()} ({gain.count})"))
-    if not found:
+    if not found or method not in {line["method"] for line in tested}:
         return ""
     gains = ", ".join(text for _, text in sorted(found))
     return (
