@@ -80,19 +80,18 @@ class Occasion:
 
 
 Choice = Callable[[Occasion], Selection]
-Budget = Callable[[int], Any]
 
 
-def _by(scorer: Callable[[Occasion], Any], ord: float, o: Occasion, budget: Budget = fps.PerNeuron) -> Selection:
-    return fps.select(o.model, stats=o.stats(ord), scorer=scorer(o), budget=budget(o.k), progress=False)
+def _by(scorer: Callable[[Occasion], Any], ord: float, o: Occasion) -> Selection:
+    return fps.select(o.model, stats=o.stats(ord), scorer=scorer(o), budget=fps.PerNeuron(o.k), progress=False)
 
 
-def _gps(o: Occasion, budget: Budget = fps.PerNeuron) -> Selection:
+def _gps(o: Occasion) -> Selection:
     def find() -> Selection:
         torch.manual_seed(o.seed)  # of the views
-        return fps.gps_select(o.model, o.batches(), views=random_views, budget=budget(o.k), progress=False)
+        return fps.gps_select(o.model, o.batches(), views=random_views, budget=fps.PerNeuron(o.k), progress=False)
 
-    return o.remember(("GPS", repr(budget(o.k)), o.seed), find)
+    return o.remember(("GPS", o.k, o.seed), find)
 
 
 CHOICES: dict[str, Choice] = {
@@ -102,11 +101,8 @@ CHOICES: dict[str, Choice] = {
     "GD-FPS": partial(_by, lambda o: fps.GrowthDriven(o.anchor_stats()), 1),
     "magnitude": partial(_by, lambda o: fps.Magnitude(), 1),
     "Wanda": partial(_by, lambda o: fps.Wanda(), 2),
-    # Where the entries lie, apart from which ones they are: the same budget for all three.
-    "FPS, RisingPerNeuron": partial(_by, lambda o: fps.FPS(), 1, budget=fps.RisingPerNeuron),
-    "GPS, RisingPerNeuron": partial(_gps, budget=fps.RisingPerNeuron),
-    "random, RisingPerNeuron": partial(_by, lambda o: fps.Random(o.seed), 1, budget=fps.RisingPerNeuron),
     **ideas.IDEAS,
+    "GPS, rising by rows": partial(ideas.rising_by_rows, _gps),
 }
 
 
@@ -150,6 +146,6 @@ METHODS: dict[str, Method] = {
 
 # In the order in which they are run: what the comparison is about comes first.
 STANDARD = (
-    "random", "FPS", "FPS, RisingPerNeuron", "GPS", "GD-FPS", "magnitude", "biases+head", "linear", "full", "LoRA r=8",
+    "random", "FPS", "GPS", "GD-FPS", "magnitude", "biases+head", "linear", "full", "LoRA r=8",
     "Wanda", "PEFT SHiRA", "PEFT Supertuning",
 )  # fmt: skip

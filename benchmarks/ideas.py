@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -198,8 +199,27 @@ def rising(choice: Callable[[Any], Selection], o: Any) -> Selection:
     frame = _frame(o)
     blocks = 1 + max(_block(name) for name in frame)
     quotas = {name: o.k if _block(name) < 0 else round(2 * o.k * (_block(name) + 0.5) / blocks) for name in frame}
+    return _within_quotas(quotas, choice, o)
+
+
+def rising_by_rows(choice: Callable[[Any], Selection], o: Any) -> Selection:
+    """As :func:`rising`, for any network: depth is the position of a weight's middle row among the rows of all weights.
+
+    A row gets ``round(2 k t)`` entries, with ``t`` in (0, 1) that position over the number of rows. The mean of ``t`` over
+    all rows is exactly one half, whatever the shapes, so that there are as many entries as ``PerNeuron(k)`` has but for the
+    rounding.
+    """
+    frame = _frame(o)
+    rows = [w.layout.shape[0] for w in frame.values()]
+    middles = [end - O / 2 for O, end in zip(rows, accumulate(rows), strict=True)]
+    quotas = {name: round(2 * o.k * middle / sum(rows)) for name, middle in zip(frame, middles, strict=True)}
+    return _within_quotas(quotas, choice, o)
+
+
+def _within_quotas(quotas: dict[str, int], choice: Callable[[Any], Selection], o: Any) -> Selection:
+    """A choice within a number of entries per row for every weight."""
     choices = {k: choice(replace(o, k=k)) for k in set(quotas.values()) if k}
-    return replace(frame, weights={name: choices[k][name] for name, k in quotas.items() if k})
+    return replace(_frame(o), weights={name: choices[k][name] for name, k in quotas.items() if k})
 
 
 def _block(name: str) -> int:
@@ -315,6 +335,7 @@ IDEAS: dict[str, Callable[[Any], Selection]] = {
         only, lambda name, blocks: _block(name) >= blocks // 2, partial(top, lambda W, m: W.abs() * m.std)
     ),
     "FPS, rising": partial(rising, partial(top, _fps)),
+    "FPS, rising by rows": partial(rising_by_rows, partial(top, _fps)),
     "random, rising": partial(rising, _random),
     "FPS, attention": partial(only, _within(".attn."), partial(top, _fps)),
     "FPS x activation": partial(top, lambda W, m: W.abs() * m.magnitude.square()),

@@ -6,7 +6,7 @@ optimizer = fps.MaskedAdamW(tuner, lr=1e-3)
 """
 
 from fps_kernels import gps, memory
-from fps_kernels.budgets import Global, LikeLoRA, PerNeuron, PerTensor, RisingPerNeuron
+from fps_kernels.budgets import Global, LikeLoRA, PerNeuron, PerTensor
 from fps_kernels.calibration import ActivationStats, calibrate
 from fps_kernels.choosing import select
 from fps_kernels.delta import Delta, diff, load_delta, merge, save_delta
@@ -33,7 +33,6 @@ __all__ = [
     "PerNeuron",
     "PerTensor",
     "Random",
-    "RisingPerNeuron",
     "Selection",
     "Tuner",
     "Wanda",

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from itertools import accumulate
 from numbers import Integral, Real
 
 import torch
@@ -42,13 +41,6 @@ def _check_density(density: float) -> None:
         raise ValueError(f"density must lie in (0, 1], got {density}")
 
 
-def _check_k(k: int) -> None:
-    if not isinstance(k, Integral) or isinstance(k, bool):
-        raise TypeError(f"k must be an integer, got {k!r}")
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-
-
 def _count(density: float, entries: int) -> int:
     return max(1, min(entries, round(density * entries)))
 
@@ -69,7 +61,10 @@ class PerNeuron:
     k: int = 1
 
     def __post_init__(self) -> None:
-        _check_k(self.k)
+        if not isinstance(self.k, Integral) or isinstance(self.k, bool):
+            raise TypeError(f"k must be an integer, got {self.k!r}")
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
 
     def check(self, name: str, layout: MatrixLayout) -> None:
         """Refuse weights with fewer columns than ``k``."""
@@ -103,44 +98,6 @@ class PerNeuron:
             flat = torch.cat(columns).sort(1).values.int().flatten()
             chosen[name] = WeightSelection(layout, torch.arange(O + 1, dtype=torch.int32) * self.k, flat)
         return chosen
-
-
-@dataclass(frozen=True)
-class RisingPerNeuron:
-    """The best entries of every output neuron (row), more of them the deeper the weight lies: ``k`` per row on average.
-
-    Depth is the position of a weight's middle row among the ``R`` rows of all weights chosen from, in the order in which
-    the model lists them, which in nearly all models is the order of use. A row of weight ``w`` gets ``round(2 k t_w)``
-    entries, with ``t_w`` in (0, 1) that position over ``R``. The mean of ``t_w`` over all rows is exactly one half, whatever
-    the shapes, so that there are as many entries as in ``PerNeuron(k)`` up to the rounding. The first weights get none,
-    and are listed in ``selection.skipped``.
-
-    Source: this package. The evidence, and what else was tried, are in docs/measurements.md, "Accuracy".
-
-    Attributes:
-        k: entries per row on average, at least 1; the last weights get about ``2 k``, which must not exceed their columns.
-
-    Example:
-        >>> selection = fps.select(model, loader, budget=fps.RisingPerNeuron(4))
-    """
-
-    k: int = 1
-
-    def __post_init__(self) -> None:
-        _check_k(self.k)
-
-    def quotas(self, layouts: dict[str, MatrixLayout]) -> dict[str, int]:
-        """Entries per row of every weight, in the order of depth.
-
-        Args:
-            layouts: of all weights chosen from.
-
-        Example:
-            >>> fps.RisingPerNeuron(2).quotas(layouts)  # four weights of as many rows: 0, 2, 2, 4
-        """
-        rows = [layout.shape[0] for layout in layouts.values()]
-        middles = [end - O / 2 for O, end in zip(rows, accumulate(rows), strict=True)]
-        return {name: round(2 * self.k * middle / sum(rows)) for name, middle in zip(layouts, middles, strict=True)}
 
 
 class _EachWeight(ABC):
@@ -260,29 +217,7 @@ class Global:
         }
 
 
-# What a weight, or all weights together, can be chosen within.
-WeightBudget = PerNeuron | PerTensor | LikeLoRA | Global
-Budget = WeightBudget | RisingPerNeuron
-
-
-def shares(budget: Budget, layouts: dict[str, MatrixLayout], skipped: dict[str, str]) -> dict[str, WeightBudget]:
-    """The budget of every weight, checked; weights that get no entry are left out, with the reason in ``skipped``.
-
-    Raises:
-        ValueError: a budget that does not fit a weight.
-    """
-    found: dict[str, WeightBudget] = {}
-    if isinstance(budget, RisingPerNeuron):
-        for name, quota in budget.quotas(layouts).items():
-            if quota:
-                found[name] = PerNeuron(quota)
-            else:
-                skipped[name] = f"{budget!r} gives no entries so early in the model"
-    else:
-        found = dict.fromkeys(layouts, budget)
-    for name, share in found.items():
-        share.check(name, layouts[name])
-    return found
+Budget = PerNeuron | PerTensor | LikeLoRA | Global
 
 
 def _choose_best(weights: list[ScoredWeight], count: int) -> dict[str, WeightSelection]:

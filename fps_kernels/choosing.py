@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fps_kernels.budgets import Budget, Global, PerNeuron, ScoredWeight, WeightBudget, shares
+from fps_kernels.budgets import Budget, Global, PerNeuron, ScoredWeight
 from fps_kernels.calibration import ActivationStats, calibrate
 from fps_kernels.forward_pass import Forward, check_has_values, matrix_parameters
 from fps_kernels.matrices import MatrixLayout, is_simulated, unfit
@@ -89,24 +89,24 @@ def select(
     elif scorer.ord is not None and stats.ord != scorer.ord:
         raise ValueError(f"stats has ord={stats.ord}, but {scorer!r} needs ord={scorer.ord}")
     layouts = usable_layouts(eligible, stats, skipped)
-    budgets = shares(budget, layouts, skipped)
-    layouts = {name: layouts[name] for name in budgets}
+    for name, layout in layouts.items():
+        budget.check(name, layout)
     offloaded = offloaded_parameters(model)
     if isinstance(scorer, Random):
-        chosen = drawn_entries(layouts, budgets, torch.Generator().manual_seed(scorer.seed))
+        chosen = budget.draw(layouts, torch.Generator().manual_seed(scorer.seed))
         chosen = {name: w if name in offloaded else w.to(eligible[name].device) for name, w in chosen.items()}
     elif away := offloaded.keys() & layouts.keys():
         if isinstance(budget, Global):
             raise ValueError(
-                f"a Global budget compares all weights, and {min(away)} is offloaded: use PerNeuron, PerTensor or LikeLoRA"
+                f"a Global budget compares all weights, and {min(away)} is offloaded: use PerTensor, LikeLoRA or PerNeuron"
             )
         chosen = {
-            name: _choose_one(name, eligible[name], offloaded.get(name), layouts[name], budgets[name], scorer, stats)
+            name: _choose_one(name, eligible[name], offloaded.get(name), layouts[name], budget, scorer, stats)
             for name in layouts
         }
     else:
         factors = {name: scorer.factors(stats, name).to(eligible[name].device, torch.float32) for name in layouts}
-        chosen = choose(eligible, layouts, budgets, factors)
+        chosen = choose(eligible, layouts, budget, factors)
     description = {"scorer": repr(scorer), "budget": repr(budget)}
     return Selection(chosen, dense_names, skipped, dict(stats.tied), description)
 
@@ -116,21 +116,21 @@ def _choose_one(
     parameter: nn.Parameter,
     owner: tuple[nn.Module, str] | None,
     layout: MatrixLayout,
-    budget: WeightBudget,
+    budget: Budget,
     scorer: ColumnScorer,
     stats: ActivationStats,
 ) -> WeightSelection:
     """The choice from one weight, which is brought in for it if it is offloaded; indices of those are on the CPU."""
     with nullcontext(parameter.detach()) if owner is None else brought_in(*owner) as values:
         factors = scorer.factors(stats, name).to(values.device, torch.float32)
-        chosen = best_entries([ScoredWeight(name, layout, values, factors)], {name: budget})[name]
+        chosen = best_entries([ScoredWeight(name, layout, values, factors)], budget)[name]
         return chosen if owner is None else chosen.to("cpu")
 
 
 def check_budget(budget: Any) -> None:
     """Refuse what is no budget."""
     if not isinstance(budget, Budget):
-        raise TypeError(f"budget must be PerNeuron, RisingPerNeuron, PerTensor, LikeLoRA or Global, got {budget!r}")
+        raise TypeError(f"budget must be PerNeuron, PerTensor, LikeLoRA or Global, got {budget!r}")
 
 
 def eligible_weights(
@@ -205,40 +205,19 @@ def usable_layouts(
 
 
 def choose(
-    parameters: dict[str, nn.Parameter],
-    layouts: dict[str, MatrixLayout],
-    budgets: dict[str, WeightBudget],
-    factors: dict[str, Tensor],
+    parameters: dict[str, nn.Parameter], layouts: dict[str, MatrixLayout], budget: Budget, factors: dict[str, Tensor]
 ) -> dict[str, WeightSelection]:
-    """The best entries within the budgets, by ``|w_ij| * c_j``; ``factors`` are float32 ``[G, C]`` on the weights' devices.
+    """The best entries within the budget, by ``|w_ij| * c_j``; ``factors`` are float32 ``[G, C]`` on the weights' devices.
 
     Raises:
         ValueError: a score that is NaN or infinite, with the name of its weight.
     """
     scored = [ScoredWeight(name, layout, parameters[name].detach(), factors[name]) for name, layout in layouts.items()]
-    return best_entries(scored, budgets)
+    return best_entries(scored, budget)
 
 
-def drawn_entries(
-    layouts: dict[str, MatrixLayout], budgets: dict[str, WeightBudget], generator: torch.Generator
-) -> dict[str, WeightSelection]:
-    """As many entries as the budgets have, drawn uniformly."""
-    chosen: dict[str, WeightSelection] = {}
-    for budget, names in _competitions(budgets):
-        chosen |= budget.draw({name: layouts[name] for name in names}, generator)
-    return chosen
-
-
-def _competitions(budgets: dict[str, WeightBudget]) -> list[tuple[WeightBudget, list[str]]]:
-    """Which weights compete: all for a Global budget, and otherwise each for its own."""
-    together = next((budget for budget in budgets.values() if isinstance(budget, Global)), None)
-    return [(together, list(budgets))] if together else [(budget, [name]) for name, budget in budgets.items()]
-
-
-def best_entries(
-    scored: list[ScoredWeight], budgets: dict[str, WeightBudget], what: str = "weight"
-) -> dict[str, WeightSelection]:
-    """The best entries within the budgets, by ``|matrix| * factors``; ``what`` names the matrix in errors.
+def best_entries(scored: list[ScoredWeight], budget: Budget, what: str = "weight") -> dict[str, WeightSelection]:
+    """The best entries within the budget, by ``|matrix| * factors``; ``what`` names the matrix in errors.
 
     Raises:
         ValueError: a score that is NaN or infinite, with the name of its weight.
@@ -246,9 +225,7 @@ def best_entries(
     chosen: dict[str, WeightSelection] = {}
     largest: dict[str, Tensor] = {}
     # Weights that do not compete go one by one, so that each is still in the cache when its choice is looked at.
-    by_name = {w.name: w for w in scored}
-    for budget, names in _competitions({name: budgets[name] for name in by_name}):
-        group = [by_name[name] for name in names]
+    for group in [scored] if isinstance(budget, Global) else [[w] for w in scored]:
         chosen |= budget.choose(group)
         for w in group:
             if chosen[w.name].nnz and not is_simulated(w.values):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fps_kernels.budgets import Budget, PerNeuron, ScoredWeight, shares
+from fps_kernels.budgets import Budget, PerNeuron, ScoredWeight
 from fps_kernels.calibration import tied_names
 from fps_kernels.choosing import best_entries, check_budget, eligible_weights
 from fps_kernels.forward_pass import (
@@ -173,14 +173,14 @@ def gps_select(
         scored = []
         for name, p in eligible.items():
             if name in layouts and p.grad is not None:
+                budget.check(name, layouts[name])
                 ones = torch.ones(1, layouts[name].shape[1], device=p.device)
                 scored.append(ScoredWeight(name, layouts[name], p.grad, ones))
             else:
                 skipped[name] = seen.reason_unused(name, p)
         if not scored:
             raise ValueError("no weight is left to choose from: none got a gradient")
-        budgets = shares(budget, {w.name: w.layout for w in scored}, skipped)
-        chosen = best_entries([w for w in scored if w.name in budgets], budgets, "gradient")
+        chosen = best_entries(scored, budget, "gradient")
     description = {"scorer": f"GPS(loss={loss if isinstance(loss, str) else 'custom'})", "budget": repr(budget)}
     return Selection(chosen, dense_names, skipped, tied_names(model), description)
 

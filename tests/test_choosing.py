@@ -39,42 +39,6 @@ def test_per_neuron(scorer, k):
             assert torch.equal(selection[name].columns.view(-1, k).long(), best)
 
 
-@pytest.mark.parametrize("scorer", SCORERS, ids=repr)
-def test_rising_per_neuron(scorer):
-    model, data = Classifier(), [images()]
-    selection = fps.select(model, data, scorer=scorer, budget=fps.RisingPerNeuron(4))
-    middles = {"embed.weight": 6, "hidden.weight": 22, "out.weight": 38}  # of 44 rows
-    for name, middle in middles.items():
-        k = round(8 * middle / 44)
-        assert selection[name].row_offsets.diff().eq(k).all()
-        if not isinstance(scorer, fps.Random):
-            best = scores_of(model, scorer, data)[name].topk(k).indices.sort(1).values
-            assert torch.equal(selection[name].columns.view(-1, k).long(), best)
-
-
-def test_rising_per_neuron_leaves_the_first_weights_alone():
-    model, budget = Classifier(), fps.RisingPerNeuron()
-    selection = fps.select(model, [images()], budget=budget)
-    assert list(selection) == ["hidden.weight", "out.weight"]
-    assert selection.skipped["embed.weight"] == "RisingPerNeuron(k=1) gives no entries so early in the model"
-    by_gradient = fps.gps_select(model, [labelled()], loss="cross_entropy", budget=budget)
-    assert {n: w.nnz for n, w in by_gradient.items()} == {n: w.nnz for n, w in selection.items()}
-    assert by_gradient.skipped == selection.skipped
-    with pytest.raises(ValueError, match="k=14 exceeds the 12 columns of hidden.weight"):
-        fps.select(model, [images()], budget=fps.RisingPerNeuron(14))
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.lists(st.integers(1, 5000), min_size=1, max_size=80), st.integers(1, 64))
-def test_rising_per_neuron_has_the_entries_of_per_neuron(rows, k):
-    layouts = {str(i): MatrixLayout((O, 8)) for i, O in enumerate(rows)}
-    quotas = list(fps.RisingPerNeuron(k).quotas(layouts).values())
-    assert quotas == sorted(quotas)
-    entries = sum(q * O for q, O in zip(quotas, rows, strict=True))
-    assert abs(entries - k * sum(rows)) <= sum(rows) / 2
-    assert sum(quotas) > 0
-
-
 @pytest.mark.parametrize("density", [1e-9, 0.01, 0.3, 1.0])
 @pytest.mark.parametrize("scorer", SCORERS, ids=repr)
 def test_per_tensor_and_global(scorer, density):
@@ -242,11 +206,7 @@ def test_bad_input():
         ({"stats": fps.calibrate(nn.Linear(8, 3), data)}, ValueError, "stats are of another model"),
         ({"stats": {}}, TypeError, "stats must be ActivationStats, as from fps.calibrate"),
         ({"data": data, "budget": fps.PerNeuron(13)}, ValueError, r"k=13 exceeds the 12 columns of hidden.weight"),
-        (
-            {"data": data, "budget": 0.01},
-            TypeError,
-            "budget must be PerNeuron, RisingPerNeuron, .* got 0.01",
-        ),
+        ({"data": data, "budget": 0.01}, TypeError, "budget must be PerNeuron, PerTensor, LikeLoRA or Global, got 0.01"),
         ({"data": data, "scorer": "fps"}, TypeError, "scorer must be a scorer"),
         (
             {"data": data, "include": "nothing*"},
@@ -279,9 +239,7 @@ def test_bad_input():
             make()
 
 
-@pytest.mark.parametrize(
-    "budget", [fps.PerNeuron(1), fps.RisingPerNeuron(2), fps.PerTensor(0.01), fps.Global(0.01)], ids=repr
-)
+@pytest.mark.parametrize("budget", [fps.PerNeuron(1), fps.PerTensor(0.01), fps.Global(0.01)], ids=repr)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_weights_name_the_layer(bad, budget):
     model = Classifier()
@@ -335,7 +293,7 @@ def test_weights_that_are_no_plain_tensors():
 
 
 @pytest.mark.parametrize("scorer", [fps.FPS(), fps.Random(0)], ids=repr)
-@pytest.mark.parametrize("budget", [fps.PerNeuron(1), fps.RisingPerNeuron(2), fps.PerTensor(0.1), fps.Global(0.1)], ids=repr)
+@pytest.mark.parametrize("budget", [fps.PerNeuron(1), fps.PerTensor(0.1), fps.Global(0.1)], ids=repr)
 def test_weights_without_entries(scorer, budget):
     model = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 4), nn.Linear(4, 4))
     selection = fps.select(model, [torch.randn(3, 4)], scorer=scorer, budget=budget)

@@ -183,7 +183,7 @@ def test_bad_input():
             fps.gps_select(model, **arguments)
     for arguments, match in (
         ({"loss": 3}, "loss must be 'contrastive', 'cross_entropy' or a function, got 3"),
-        ({"budget": 0.1}, "budget must be PerNeuron, RisingPerNeuron, .* got 0.1"),
+        ({"budget": 0.1}, "budget must be PerNeuron, PerTensor, LikeLoRA or Global, got 0.1"),
     ):
         with pytest.raises(TypeError, match=match):
             fps.gps_select(model, [labelled()], **arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fps_kernels.budgets import Budget, Global, PerNeuron, PerTensor, RisingPerNeuron
+from fps_kernels.budgets import Budget, Global, PerNeuron, PerTensor
 from fps_kernels.calibration import ActivationStats, calibrate
 from fps_kernels.choosing import select
 from fps_kernels.cli.images import ImageSet, Reading, as_seen_by, sample, training_images
@@ -27,7 +27,6 @@ class Choice:
     scorer: ScorerName
     anchor: Path | None
     k: int | None
-    rising: bool
     density: float | None
     across: bool
     include: tuple[str, ...] | None
@@ -41,8 +40,6 @@ class Choice:
     def __post_init__(self) -> None:
         if self.k is not None and self.density is not None:
             raise ValueError("give --k or --density, not both")
-        if self.rising and self.density is not None:
-            raise ValueError("--rising goes with --k, not with --density")
         if self.across and self.density is None:
             raise ValueError("--global goes with --density")
         if (self.scorer is ScorerName.growth) != (self.anchor is not None):
@@ -63,7 +60,7 @@ class Choice:
             ValueError: a density outside (0, 1].
         """
         if self.density is None:
-            return (RisingPerNeuron if self.rising else PerNeuron)(self.k or 1)
+            return PerNeuron(self.k or 1)
         return Global(self.density) if self.across else PerTensor(self.density)
 
 

@@ -87,12 +87,6 @@ Anchor = Annotated[
     typer.Option(help="For growth: a folder of images of the pretraining's kind.", rich_help_panel=CHOICE),
 ]
 PerRow = Annotated[int | None, typer.Option("--k", min=1, help="Entries per output neuron [1].", rich_help_panel=CHOICE)]
-Rising = Annotated[
-    bool,
-    typer.Option(
-        "--rising", help="--k on average: more entries the deeper a weight lies (RisingPerNeuron).", rich_help_panel=CHOICE
-    ),
-]
 Density = Annotated[
     float | None, typer.Option(help="Instead of --k: share of each weight's entries, in (0, 1].", rich_help_panel=CHOICE)
 ]

@@ -51,7 +51,6 @@ def tune(
     scorer: options.Scorer = ScorerName.fps,
     anchor: options.Anchor = None,
     k: options.PerRow = None,
-    rising: options.Rising = False,
     density: options.Density = None,
     across: options.Global_ = False,
     include: options.Include = None,
@@ -111,15 +110,8 @@ def tune(
             raise ValueError(f"{name} must be positive, got {number}")
     if not 0 <= weight_decay < float("inf"):
         raise ValueError(f"--weight-decay must not be negative, got {weight_decay}")
-    made: dict[str, object] = {"scorer": scorer != ScorerName.fps, "anchor": anchor, "k": k, "rising": rising}
-    made |= {
-        "density": density,
-        "global": across,
-        "include": include,
-        "exclude": exclude,
-        "dense": dense,
-        "micro-batch": micro_batch,
-    }
+    made: dict[str, object] = {"scorer": scorer != ScorerName.fps, "anchor": anchor, "k": k, "density": density}
+    made |= {"global": across, "include": include, "exclude": exclude, "dense": dense, "micro-batch": micro_batch}
     if selection is not None and (clash := next((name for name, given in made.items() if given), None)):
         raise ValueError(f"--selection has its choice made: --{clash} does not go with it")
     check_writable(output)
@@ -137,7 +129,6 @@ def tune(
         scorer=scorer,
         anchor=anchor,
         k=k,
-        rising=rising,
         density=density,
         across=across,
         include=tuple(include) if include else None,

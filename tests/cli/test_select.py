@@ -39,7 +39,6 @@ def by_hand(task, checkpoint):
     [
         ((), fps.FPS(), fps.PerNeuron(1)),
         (("--k", 3, "--micro-batch", 2), fps.FPS(), fps.PerNeuron(3)),
-        (("--k", 3, "--rising"), fps.FPS(), fps.RisingPerNeuron(3)),
         (("--scorer", "wanda", "--density", 0.02), fps.Wanda(), fps.PerTensor(0.02)),
         (("--scorer", "magnitude", "--density", 0.02, "--global"), fps.Magnitude(), fps.Global(0.02)),
         (("--scorer", "random", "--seed", 5), fps.Random(5), fps.PerNeuron(1)),
@@ -107,7 +106,6 @@ def test_a_folder_without_splits_will_do(checkpoint, task, tmp_path):
     [
         (["--k", 2, "--density", 0.1], "give --k or --density, not both"),
         (["--global"], "--global goes with --density"),
-        (["--rising", "--density", 0.1], "--rising goes with --k, not with --density"),
         (["--density", 0], "density"),
         (["--density", 1.5], "density"),
         (["--k", 0], "Invalid value for '--k'"),
