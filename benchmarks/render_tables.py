@@ -241,6 +241,22 @@ def lead(tested: list[Row], method: str) -> str:
     )
 
 
+def clear_winners(tested: list[Row]) -> str:
+    """Which methods are better than both random entries and GPS beyond chance, in words."""
+    ks = {line["k"] for line in tested if line["k"] is not None}
+    others = [name for name in dict.fromkeys(line["method"] for line in tested) if name not in ("random", "GPS")]
+
+    def ahead(method: str) -> bool:
+        leads = [accuracy_table.paired_runs(tested, method, baseline, ks) for baseline in ("random", "GPS")]
+        return all(lead.count > 1 and lead.mean > 2 * lead.error for lead in leads)
+
+    winners = [name for name in others if ahead(name)]
+    return (
+        "Ahead of both random entries and GPS by more than twice the standard error of the paired difference, over all of "
+        f"these data sets and budgets: {', '.join(winners) or 'none'} of the {len(others)} other methods."
+    )
+
+
 def accuracy_details(lines: list[Row]) -> str:
     """Everything that ``accuracy.jsonl`` shows: accuracies, paired differences, updates, and screening."""
     parts = []
@@ -254,7 +270,11 @@ def accuracy_details(lines: list[Row]) -> str:
                     "and its half-width over test images:",
                     markdown(*accuracy_table.difference_rows(tested, baseline)),
                 ]
-        parts += ["Updates of the matrices in the blocks:", markdown(*accuracy_table.update_rows(tested))]
+        parts += [
+            clear_winners(tested),
+            "Updates of the matrices in the blocks:",
+            markdown(*accuracy_table.update_rows(tested)),
+        ]
         parts += [_accuracy_source(tested)]
     if screened := accuracy_table.of_split(lines, "screen"):
         parts += [
