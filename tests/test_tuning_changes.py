@@ -95,7 +95,7 @@ def test_an_input_that_was_changed_in_place_is_not_computed_again_from_before():
     mask = torch.rand(5, 12) < 0.3
     tuner = fps.attach(model, {"second.weight": mask})
     loss().backward()
-    assert_sums_close(tuner.compact["second.weight"].grad, dense[mask])
+    assert_sums_close(tuner.compact["second.weight"].grad, dense[mask], 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_cross_attention_compiles():
     expected = values.grad.clone()
     values.grad = None
     torch.compile(model, backend="aot_eager", fullgraph=True)(*inputs).square().sum().backward()
-    assert_sums_close(values.grad, expected)
+    assert_sums_close(values.grad, expected, 1e-4)
 
 
 def test_a_second_tuner_is_refused():

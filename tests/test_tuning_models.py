@@ -72,7 +72,7 @@ def test_compact_gradients_equal_dense_ones(name):
             assert close(values.grad, truth, expected - truth, 3), key
     for key, p in tuner.dense.items():
         if key in dense:
-            assert_sums_close(p.grad, dense[key], name=key)
+            assert_sums_close(p.grad, dense[key], 1e-4, key)
     trained = {*(f"{key}_selected.values" for key in tuner.compact), *tuner.dense}
     assert {key for key, p in model.named_parameters() if p.requires_grad} == trained
 
