@@ -133,6 +133,14 @@ def check_threshold(weights: list[Tensor], factors: list[Tensor], k: int) -> Non
     assert ties_left == 0
 
 
+# Tiles that are partly outside the matrix, in rows, in columns, in both.
+@pytest.mark.parametrize("shape", [(43, 768), (40, 64), (43, 70), (8, 300)])
+def test_threshold_of_masked_tiles(backend, device, dtype, shape):
+    W, a = inputs(shape, dtype, device)
+    for k in (1, W.numel() // 100, W.numel() - 1):
+        check_threshold([W], [a], k)
+
+
 @pytest.mark.parametrize("ties", [False, True], ids=["", "tied"])
 def test_threshold_of_many_tensors(backend, device, dtype, ties):
     weights, factors = [], []

@@ -98,6 +98,7 @@ class Resources:
         shared: bytes of shared memory that it asks for.
         threads: threads per program.
         wide_loads: 16-byte loads from global memory in its code, into registers or (copied asynchronously) shared memory.
+        reorderings: reshapes that Triton allowed to put the elements into another order, each into its own.
         assembly: PTX, or GCN assembly.
     """
 
@@ -107,6 +108,7 @@ class Resources:
     shared: int
     threads: int
     wide_loads: int
+    reorderings: int
     assembly: str
 
 
@@ -211,6 +213,7 @@ def _resources(launch: Launch) -> Resources:
 def _read(compiled: Any, target: str) -> Resources:
     threads = compiled.metadata.num_warps * compiled.metadata.target.warp_size
     shared = compiled.metadata.shared
+    reorderings = compiled.asm["ttgir"].count("allow_reorder")
     if target.startswith("gfx"):
         assembly = compiled.asm["amdgcn"]
 
@@ -227,6 +230,7 @@ def _read(compiled: Any, target: str) -> Resources:
             shared=shared,
             threads=threads,
             wide_loads=len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
+            reorderings=reorderings,
             assembly=assembly,
         )
     usage = _resource_usage(compiled.asm["cubin"])
@@ -242,6 +246,7 @@ def _read(compiled: Any, target: str) -> Resources:
         wide_loads=len(
             re.findall(r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)|cp\.async\.cg\.shared\.global.*, 0x10", assembly)
         ),
+        reorderings=reorderings,
         assembly=assembly,
     )
 

@@ -188,12 +188,12 @@ def _histogram(
             key = score_key(w, a)  # [R, C]
             digit = (key >> SHIFT) & (BINS - 1)
             if FIRST:
-                counts += tl.histogram(tl.ravel(digit), BINS, mask=tl.ravel(inside))
+                counts += _occurrences(digit, inside, BINS)
             else:
                 leading = key >> (SHIFT + BITS)
                 candidate = inside & (leading == prefix)
                 if tl.max(tl.max(candidate.to(tl.int32), 1), 0) > 0:
-                    counts += tl.histogram(tl.ravel(digit), BINS, mask=tl.ravel(candidate))
+                    counts += _occurrences(digit, candidate, BINS)
                 if LAST:
                     above += tl.sum((inside & (leading > prefix)).to(tl.int32), 1)
     bins = tl.arange(0, BINS)
@@ -202,6 +202,18 @@ def _histogram(
         tl.atomic_add(greater_ptr + tensor, tl.sum(above.to(tl.int64), 0), sem="relaxed")
     else:
         tl.atomic_add(histogram_ptr + bins, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
+def _occurrences(digit, counted, BINS: tl.constexpr):
+    """How often each digit occurs ``[BINS]`` among those of ``[R, C]`` that are counted.
+
+    Digits and mask go through one reshape. Triton lets a reshape whose result is only reduced put the elements into any
+    order (its pass ``CombineReshapeReducePatterns`` adds ``allow_reorder``), and it chooses that order for each reshape
+    alone: a mask with a reshape of its own may come to mask other digits than its own.
+    """
+    flat = tl.ravel(tl.where(counted, digit, -1))
+    return tl.histogram(tl.maximum(flat, 0), BINS, mask=flat >= 0)
 
 
 @triton.jit(do_not_specialize=["k", "n"])
