@@ -9,7 +9,7 @@ export FPS_REQUIRE_NATIVE ?= 1
 
 setup: $(SETUP)
 
-$(SETUP): pyproject.toml $(wildcard csrc/*)
+$(SETUP): pyproject.toml $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch torchvision
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import fps_kernels as fps
 from benchmarks import ideas, methods
+from fps_kernels.choosing.gps import random_views
 from fps_kernels.demo.data import Task
-from fps_kernels.gps import random_views
 from fps_kernels.selection import Selection
 
 # The head starts from nothing and is trained by every method alike, so it learns at one rate for all of them.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks import methods
 from benchmarks.accuracy_methods import METHODS, Occasion, folder_images
 from fps_kernels.demo.data import Split, Task, image_folder
-from fps_kernels.demo.models import timm_model
+from fps_kernels.runs.models import timm_model
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fps_kernels as fps
 from benchmarks.measuring import alternate, ratio, save, table
-from fps_kernels.delta import Delta, delta_of
+from fps_kernels.deltas.delta import Delta, delta_of
 
 
 def tuned(model: nn.Module, budget: fps.PerNeuron | fps.Global) -> Delta:

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fps_kernels as fps
-from fps_kernels.forward_pass import run_forward
-from fps_kernels.interception import WeightUse
+from fps_kernels.choosing.feeding import run_forward
 from fps_kernels.selection import Selection, WeightSelection
+from fps_kernels.weights.watching import WeightUse
 
 # ``score(W, moments)``: ``[O, C]``, or ``[1, C]`` where the weights do not matter.
 Score = Callable[[Tensor, "Moments"], Tensor]

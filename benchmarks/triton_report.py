@@ -18,7 +18,8 @@ import torch
 import triton
 
 from fps_kernels.ops import interpreted
-from fps_kernels.ops.triton import aot, cases, gradients
+from fps_kernels.ops.triton import gradients
+from kernel_lab import cases, compilation
 
 RESULTS = Path(__file__).parent / "results" / "triton_report.json"
 # Vendors' figures: 80 GB SXM modules, bytes per second.
@@ -56,7 +57,7 @@ LIMITS = {
 }
 
 
-def occupancy(needs: aot.Resources, limits: Limits) -> tuple[int, str]:
+def occupancy(needs: compilation.Resources, limits: Limits) -> tuple[int, str]:
     """Resident programs per SM, and what limits them."""
     registers = math.ceil(max(1, needs.registers) / limits.register_unit) * limits.register_unit
     by = {
@@ -73,11 +74,11 @@ def kernel_rows(case: cases.Case) -> list[dict[str, object]]:
     """One row for each kernel and target; a kernel's targets follow one another."""
     rows: list[tuple[int, dict[str, object]]] = []
     for target, limits in LIMITS.items():
-        first: dict[aot.Launch, int] = {}  # programs of the first of several equal launches
-        for launch in aot.record(target, case.op, *case.arguments):
+        first: dict[compilation.Launch, int] = {}  # programs of the first of several equal launches
+        for launch in compilation.record(target, case.op, *case.arguments):
             first.setdefault(replace(launch, grid=()), launch.programs)
         for position, (launch, programs) in enumerate(first.items()):
-            needs = aot.resources(launch)
+            needs = compilation.resources(launch)
             resident, limiting = occupancy(needs, limits)
             row: dict[str, object] = {
                 "kernel": launch.name.lstrip("_"),

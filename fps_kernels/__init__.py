@@ -5,20 +5,20 @@ tuner = fps.attach(model, selection)
 optimizer = fps.MaskedAdamW(tuner, lr=1e-3)
 """
 
-from fps_kernels import gps, memory
-from fps_kernels.budgets import Global, LikeLoRA, PerNeuron, PerTensor
-from fps_kernels.calibration import ActivationStats, calibrate
-from fps_kernels.choosing import select
-from fps_kernels.delta import Delta, diff, load_delta, merge, save_delta
-from fps_kernels.functional import column_norm, score_topk
-from fps_kernels.gps import gps_select
+from fps_kernels import memory
+from fps_kernels._version import __version__ as __version__
+from fps_kernels.choosing import gps
+from fps_kernels.choosing.budgets import Global, LikeLoRA, PerNeuron, PerTensor
+from fps_kernels.choosing.calibration import ActivationStats, calibrate
+from fps_kernels.choosing.drop_in import column_norm, score_topk
+from fps_kernels.choosing.gps import gps_select
+from fps_kernels.choosing.scorers import FPS, GrowthDriven, Magnitude, Random, Wanda
+from fps_kernels.choosing.select import select
+from fps_kernels.deltas.delta import Delta, diff, load_delta, merge, save_delta
 from fps_kernels.ops import BackendUnavailableError, backend_for, use_backend
-from fps_kernels.optim import MaskedAdamW, masked_parameters
-from fps_kernels.scorers import FPS, GrowthDriven, Magnitude, Random, Wanda
 from fps_kernels.selection import Selection, WeightSelection
-from fps_kernels.tuning import Tuner, attach
-
-__version__ = "0.1.0"
+from fps_kernels.tuning.attaching import Tuner, attach
+from fps_kernels.tuning.masked_adamw import MaskedAdamW, masked_parameters
 
 __all__ = [
     "FPS",

@@ -16,7 +16,7 @@ def main() -> None:
         from fps_kernels.cli.demo import demo
         from fps_kernels.cli.doctor import doctor
         from fps_kernels.cli.errors import run
-        from fps_kernels.cli.files import apply, compare, inspect
+        from fps_kernels.cli.inspect import apply, compare, inspect
         from fps_kernels.cli.plan import plan
         from fps_kernels.cli.select import select
         from fps_kernels.cli.tune import tune

@@ -5,21 +5,11 @@ from typing import Any
 
 import typer
 
+from fps_kernels.runs.stopping import InterruptedRunError
+
 # typer carries a copy of click or uses the installed one, depending on its version: this class is the one it raises.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 _ClickException: Any = _UsageError.__mro__[1]
-
-
-class InterruptedRunError(Exception):
-    """A run that was asked to stop and did so in order.
-
-    Attributes:
-        exit_code: 128 + the number of the signal.
-    """
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 def run(app: typer.Typer) -> int:

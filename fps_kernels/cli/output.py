@@ -1,12 +1,10 @@
-"""Tables for people, JSON for scripts, progress on standard error."""
+"""Tables for people, JSON for scripts."""
 
 import json
-import sys
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -33,33 +31,6 @@ def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
 def print_json(value: Any) -> None:
     """One JSON value on standard output."""
     print(json.dumps(value, indent=1, ensure_ascii=False))
-
-
-def note(text: str) -> None:
-    """One line on standard error, which leaves standard output to results."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def warn(text: str) -> None:
-    """One line that says what the user may not have meant."""
-    note(f"warning: {text}")
-
-
-def progress_bar() -> Progress:
-    """A bar with the time left, on standard error; nothing where that is no terminal.
-
-    Tasks have the field ``status``, a few words behind the bar.
-    """
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None),
-        TaskProgressColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}", markup=False),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True)
 
 
 def print_selection(title: str, selection: Selection) -> None:

@@ -9,8 +9,10 @@ import typer
 from fps_kernels.cli import options
 from fps_kernels.cli.config import Config
 from fps_kernels.cli.options import Device, Precision, ScorerName
-from fps_kernels.cli.output import note, print_json, print_selection
-from fps_kernels.cli.paths import check_writable
+from fps_kernels.cli.output import print_json, print_selection
+from fps_kernels.memory import format_bytes
+from fps_kernels.runs.progress import note
+from fps_kernels.storage.atomic import check_writable
 
 
 def select(
@@ -49,13 +51,12 @@ def select(
                  --k 4 --output fps.safetensors
     """
     check_writable(output)
-    from fps_kernels.cli.choice import Choice, choose
-    from fps_kernels.cli.images import Reading, default_workers, training_images
-    from fps_kernels.cli.models import load_model
-    from fps_kernels.memory import format_bytes
+    from fps_kernels.runs.choice import Choice, choose
+    from fps_kernels.runs.images import Reading, default_workers, training_images
+    from fps_kernels.runs.models import load_model
 
     choice = Choice(
-        scorer=scorer,
+        scorer=scorer.value,
         anchor=anchor,
         k=k,
         density=density,

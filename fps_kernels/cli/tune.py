@@ -1,5 +1,6 @@
 """``fps-kernels tune``."""
 
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,9 @@ import typer
 from fps_kernels.cli import options
 from fps_kernels.cli.config import Config
 from fps_kernels.cli.options import RUN, TRAINING, Device, Precision, ScorerName
-from fps_kernels.cli.paths import check_writable
+from fps_kernels.cli.output import print_json, print_table
+from fps_kernels.memory import format_bytes
+from fps_kernels.storage.atomic import check_writable
 
 
 class Augment(StrEnum):
@@ -119,14 +122,14 @@ def tune(
     if folder == output:
         raise ValueError(f"--output {output} and the run folder are one path: give another --run")
 
-    from fps_kernels.cli.choice import Choice
-    from fps_kernels.cli.images import default_workers, training_and_test_images
-    from fps_kernels.cli.models import load_model
-    from fps_kernels.cli.training import Habits, Recipe
-    from fps_kernels.cli.tuning import Job, make_deterministic, tune_model
+    from fps_kernels.runs.choice import Choice
+    from fps_kernels.runs.images import default_workers, training_and_test_images
+    from fps_kernels.runs.job import Job, make_deterministic, tune_model
+    from fps_kernels.runs.loop import Habits, Recipe
+    from fps_kernels.runs.models import load_model
 
     choice = Choice(
-        scorer=scorer,
+        scorer=scorer.value,
         anchor=anchor,
         k=k,
         density=density,
@@ -181,6 +184,19 @@ def tune(
         output=output,
         bf16_values=bf16_values,
         tensorboard=tensorboard,
-        json=json,
     )
-    tune_model(job, loaded, train, test)
+    tuned = tune_model(job, loaded, train, test)
+    if json:
+        found = asdict(tuned)
+        print_json({"file": str(output), "bytes": found.pop("bytes"), "run": str(folder), **found})
+        return
+    rows = [
+        ["accuracy", f"{tuned.accuracy:.2%} of {tuned.test_images:,} test images"],
+        ["test loss", f"{tuned.test_loss:.4f}"],
+        ["trained", f"{tuned.trained:,} numbers, {tuned.steps:,} steps"],
+        ["step", f"{tuned.step_seconds:.3f} s (median)"],
+        ["peak memory", "–" if tuned.peak_memory is None else format_bytes(tuned.peak_memory)],
+        ["delta", f"{output} ({format_bytes(tuned.bytes)})"],
+        ["run", str(folder)],
+    ]
+    print_table("tuned", ["", "result"], rows)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from fps_kernels.demo.compare import accuracy
 from fps_kernels.demo.data import OLD_DIGITS, digits
-from fps_kernels.demo.models import DIGITS_CHECKPOINT, digits_vit
-from fps_kernels.demo.tuning import accuracy
+from fps_kernels.demo.digits import DIGITS_CHECKPOINT, digits_vit
 
 
 def main(epochs: int = 150) -> None:

@@ -15,15 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
-from fps_kernels.budgets import PerNeuron
-from fps_kernels.choosing import select
+from fps_kernels.choosing.budgets import PerNeuron
+from fps_kernels.choosing.gps import gps_select, random_views
+from fps_kernels.choosing.scorers import FPS, Random
+from fps_kernels.choosing.select import select
+from fps_kernels.demo.compare import Outcome, accuracy, tune
 from fps_kernels.demo.data import NEW_DIGITS, Task, digits, image_folder
-from fps_kernels.demo.models import digits_vit, timm_model
-from fps_kernels.demo.tuning import Outcome, accuracy, tune
-from fps_kernels.gps import gps_select, random_views
+from fps_kernels.demo.digits import digits_vit
 from fps_kernels.memory import MemoryReport, format_bytes, measure
 from fps_kernels.ops import backend_for
-from fps_kernels.scorers import FPS, Random
+from fps_kernels.runs.models import timm_model
 from fps_kernels.selection import Selection
 
 ROWS_SHOWN_ONE_BY_ONE = 24

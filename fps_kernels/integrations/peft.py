@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fps_kernels import ops
-from fps_kernels.budgets import LikeLoRA, ScoredWeight
-from fps_kernels.calibration import ActivationStats, calibrate
-from fps_kernels.choosing import best_entries
-from fps_kernels.delta import Delta
-from fps_kernels.fingerprints import fingerprint
-from fps_kernels.matrices import MatrixLayout
-from fps_kernels.roles import classifier_modules
-from fps_kernels.scorers import FPS, ColumnScorer
+from fps_kernels.choosing.budgets import LikeLoRA, ScoredWeight
+from fps_kernels.choosing.calibration import ActivationStats, calibrate
+from fps_kernels.choosing.scorers import FPS, ColumnScorer
+from fps_kernels.choosing.select import best_entries
+from fps_kernels.deltas.delta import Delta
 from fps_kernels.selection import Selection, WeightSelection
+from fps_kernels.weights.fingerprint import fingerprint
+from fps_kernels.weights.matrix import MatrixLayout
+from fps_kernels.weights.roles import classifier_modules
 
 Folder = str | PathLike[str]
 _PREFIX = "base_model.model."

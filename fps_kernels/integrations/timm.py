@@ -3,7 +3,7 @@
 from timm.optim import OptimInfo
 from timm.optim._optim_factory import default_registry
 
-from fps_kernels.optim import MaskedAdamW
+from fps_kernels.tuning.masked_adamw import MaskedAdamW
 
 NAME = "maskedadamw"
 

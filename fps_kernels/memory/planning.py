@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fps_kernels.budgets import PerNeuron
-from fps_kernels.choosing import select
-from fps_kernels.forward_pass import Forward
-from fps_kernels.gps import gps_select
+from fps_kernels.choosing.budgets import PerNeuron
+from fps_kernels.choosing.feeding import Forward
+from fps_kernels.choosing.gps import gps_select
+from fps_kernels.choosing.select import select
 from fps_kernels.memory.measuring import format_bytes, measure, simulated
-from fps_kernels.optim import MaskedAdamW
-from fps_kernels.roles import classifier_modules, default_dense
-from fps_kernels.tuning import attach
+from fps_kernels.tuning.attaching import attach
+from fps_kernels.tuning.masked_adamw import MaskedAdamW
+from fps_kernels.weights.roles import classifier_modules, default_dense
 
 METHODS = ("forward", "FPS", "GPS", "full", "LoRA", "attach")
 MEANINGS = {

@@ -6,6 +6,7 @@ or ``avx512``) caps the instruction set, which otherwise is the best that the pr
 """
 
 import ctypes
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-import fps_kernels
 
 ABI = 2
 ISAS = ("base", "avx2", "avx512")
@@ -48,7 +47,9 @@ _SIGNATURES: dict[str, list[Any]] = {
 
 def _find() -> Path | None:
     # An editable install keeps the library in site-packages and the sources elsewhere: the package's path has both.
-    for folder in fps_kernels.__path__:
+    package = importlib.util.find_spec(__name__.partition(".")[0])
+    assert package is not None
+    for folder in package.submodule_search_locations or ():
         path = Path(folder) / LIBRARY
         if path.is_file():
             return path

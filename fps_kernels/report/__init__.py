@@ -43,7 +43,7 @@ class Run:
         Raises:
             ValueError: it is no folder of a run, or damaged.
         """
-        from fps_kernels.cli.runs import RunFolder, read_metrics
+        from fps_kernels.runs.folder import RunFolder, read_metrics
 
         run = RunFolder(folder)
         if not run.metrics.is_file():

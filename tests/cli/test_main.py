@@ -49,8 +49,8 @@ def test_a_missing_package_names_what_brings_it(tmp_path):
         assert done.code == 2
         assert message in done.message, done.message
     with mock.patch.dict(sys.modules, {"timm.data": None}):
-        sys.modules.pop("fps_kernels.cli.images", None)  # which imports it
-        sys.modules.pop("fps_kernels.cli.choice", None)
+        sys.modules.pop("fps_kernels.runs.images", None)  # which imports it
+        sys.modules.pop("fps_kernels.runs.choice", None)
         done = cli("select", "test_vit", "--data", tmp_path, "--output", tmp_path / "s")
     assert done.code == 2
     assert "the command needs timm.data: pip install 'fps-kernels[cli]'" in done.message

@@ -10,7 +10,7 @@ import torch
 from torchvision.datasets import ImageFolder
 
 import fps_kernels as fps
-from fps_kernels.demo.models import timm_model
+from fps_kernels.runs.models import timm_model
 from tests.cli.running import cli, output
 
 

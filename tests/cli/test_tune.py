@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torchvision.datasets import ImageFolder
 
 import fps_kernels as fps
-from fps_kernels.cli.images import Order, open_split
-from fps_kernels.demo.models import timm_model
+from fps_kernels.runs.images import Order, open_split
+from fps_kernels.runs.models import timm_model
 from tests.cli.conftest import write_images
 from tests.cli.running import cli, output
 

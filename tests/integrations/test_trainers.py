@@ -20,7 +20,7 @@ import fps_kernels as fps
 from fps_kernels.integrations.lightning import TuneSelected
 from fps_kernels.integrations.timm import register
 from fps_kernels.integrations.transformers import SaveDelta, masked_adamw
-from tests.training import assert_only_selected_moved, copy_of
+from tests.support.training import assert_only_selected_moved, copy_of
 
 FAMILIES = {
     "ViT": ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}),

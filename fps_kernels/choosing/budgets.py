@@ -1,0 +1,249 @@
+"""How many entries, and who competes with whom. Counts are exact, always."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+from fps_kernels import ops
+from fps_kernels.selection import WeightSelection
+from fps_kernels.weights.matrix import MatrixLayout
+
+
+@dataclass(frozen=True)
+class ScoredWeight:
+    """A weight with its column factors, ready to choose from.
+
+    Attributes:
+        name: parameter name.
+        layout: how the parameter is read as a matrix.
+        values: the parameter, or what else in its shape is scored.
+        factors: float32 ``[G, C]``.
+    """
+
+    name: str
+    layout: MatrixLayout
+    values: Tensor
+    factors: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        """``[O, C]``; made when asked for, since a channels-last convolution is copied."""
+        return self.layout.matrix(self.values)
+
+
+def _check_density(density: float) -> None:
+    if not isinstance(density, Real):
+        raise TypeError(f"density must be a number, got {density!r}")
+    if not 0 < density <= 1:
+        raise ValueError(f"density must lie in (0, 1], got {density}")
+
+
+def _count(density: float, entries: int) -> int:
+    return max(1, min(entries, round(density * entries)))
+
+
+@dataclass(frozen=True)
+class PerNeuron:
+    """The ``k`` best entries of every output neuron (row): ``k * O`` entries of each weight.
+
+    Source: section 3.2 of GPS (Zhang et al., CVPR 2024), kept by FPS (arXiv 2510.27359).
+
+    Attributes:
+        k: entries per row, at least 1 and at most the columns of every weight.
+
+    Example:
+        >>> selection = fps.select(model, loader, budget=fps.PerNeuron(4))
+    """
+
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.k, Integral) or isinstance(self.k, bool):
+            raise TypeError(f"k must be an integer, got {self.k!r}")
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+
+    def check(self, name: str, layout: MatrixLayout) -> None:
+        """Refuse weights with fewer columns than ``k``."""
+        if self.k > layout.shape[1]:
+            raise ValueError(
+                f"k={self.k} exceeds the {layout.shape[1]} columns of {name}: choose a smaller k, or leave it out with "
+                f"exclude={name!r}"
+            )
+        if self.k * layout.shape[0] > ops.MAX_NNZ:
+            raise ValueError(f"k={self.k} for the {layout.shape[0]} rows of {name} is more than 2**31 - 1 entries")
+
+    def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
+        """The best entries of every weight."""
+        chosen = {}
+        for w in weights:
+            columns = ops.score_topk(w.matrix, w.factors, int(self.k))
+            row_offsets = torch.arange(columns.shape[0] + 1, device=columns.device, dtype=torch.int32) * self.k
+            chosen[w.name] = WeightSelection.trusted(w.layout, row_offsets, columns.flatten())
+        return chosen
+
+    def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
+        """As many entries, drawn uniformly."""
+        chosen = {}
+        for name, layout in layouts.items():
+            O, C = layout.shape
+            rows_at_once = max(1, 2**22 // max(C, 1))  # bounds the scratch
+            columns = [
+                torch.rand(min(rows_at_once, O - start), C, generator=generator).topk(self.k, sorted=False).indices
+                for start in range(0, O, rows_at_once)
+            ]
+            flat = torch.cat(columns).sort(1).values.int().flatten()
+            chosen[name] = WeightSelection(layout, torch.arange(O + 1, dtype=torch.int32) * self.k, flat)
+        return chosen
+
+
+class _EachWeight(ABC):
+    """Every weight has a number of entries of its own, which compete within it."""
+
+    @abstractmethod
+    def count(self, layout: MatrixLayout) -> int:
+        """How many entries of a weight."""
+
+    def check(self, name: str, layout: MatrixLayout) -> None:
+        """Refuse weights that have fewer entries than the budget."""
+        O, C = layout.shape
+        if self.count(layout) > O * C:
+            raise ValueError(
+                f"{self!r} needs {self.count(layout)} entries of {name}, which has {O * C}: choose fewer, or leave it out "
+                f"with exclude={name!r}"
+            )
+
+    def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
+        """The best entries of every weight."""
+        return {name: entries for w in weights for name, entries in _choose_best([w], self.count(w.layout)).items()}
+
+    def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
+        """As many entries, drawn uniformly."""
+        return {
+            name: WeightSelection.from_flat(
+                layout, _draw_distinct(layout.shape[0] * layout.shape[1], self.count(layout), generator)
+            )
+            for name, layout in layouts.items()
+        }
+
+
+@dataclass(frozen=True)
+class PerTensor(_EachWeight):
+    """The best ``density`` of the entries of each weight: ``round(density * entries)``, at least one.
+
+    Attributes:
+        density: share of the entries, in (0, 1].
+
+    Example:
+        >>> selection = fps.select(model, loader, budget=fps.PerTensor(0.01))
+    """
+
+    density: float
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+
+    def count(self, layout: MatrixLayout) -> int:
+        return _count(self.density, layout.shape[0] * layout.shape[1])
+
+
+@dataclass(frozen=True)
+class LikeLoRA(_EachWeight):
+    """As many entries of each weight as LoRA of some rank has numbers there: ``rank * (O + C)``.
+
+    The budget for comparisons at equal size, and that of SHiRA (Bhardwaj et al., NeurIPS 2024) as PEFT has it.
+
+    Attributes:
+        rank: of the LoRA, at least 1; ``rank * (O + C)`` must not exceed the ``O * C`` entries of any weight.
+
+    Example:
+        >>> selection = fps.select(model, loader, budget=fps.LikeLoRA(8), include="blocks.*")
+    """
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, Integral) or isinstance(self.rank, bool):
+            raise TypeError(f"rank must be an integer, got {self.rank!r}")
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+
+    def count(self, layout: MatrixLayout) -> int:
+        return int(self.rank) * sum(layout.shape)
+
+
+@dataclass(frozen=True)
+class Global:
+    """The best ``density`` of the entries of all weights together: ``round(density * entries)``, at least one.
+
+    Attributes:
+        density: share of the entries, in (0, 1].
+
+    Example:
+        >>> selection = fps.select(model, loader, budget=fps.Global(0.01))
+    """
+
+    density: float
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+
+    def check(self, name: str, layout: MatrixLayout) -> None:
+        """Every weight will do."""
+
+    def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
+        """The best entries of all weights together."""
+        devices = {str(w.values.device) for w in weights}
+        if len(devices) > 1:
+            raise ValueError(
+                f"a Global budget compares all weights, which lie on {', '.join(sorted(devices))}: use PerTensor or "
+                "PerNeuron, or bring the model to one device"
+            )
+        return _choose_best(weights, _count(self.density, sum(w.values.numel() for w in weights)))
+
+    def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
+        """As many entries, drawn uniformly."""
+        sizes = torch.tensor([layout.shape[0] * layout.shape[1] for layout in layouts.values()])
+        total = int(sizes.sum())
+        flat = _draw_distinct(total, _count(self.density, total), generator)
+        ends = sizes.cumsum(0)
+        parts = torch.tensor_split(flat, torch.searchsorted(flat, ends[:-1]).tolist())
+        return {
+            name: WeightSelection.from_flat(layout, part - (end - size))
+            for (name, layout), part, end, size in zip(layouts.items(), parts, ends, sizes, strict=True)
+        }
+
+
+Budget = PerNeuron | PerTensor | LikeLoRA | Global
+
+
+def _choose_best(weights: list[ScoredWeight], count: int) -> dict[str, WeightSelection]:
+    """The ``count`` largest scores of all weights together; equal scores go to the earlier entry."""
+    matrices, factors = [w.matrix for w in weights], [w.factors for w in weights]
+    threshold, greater, equal = ops.score_kth(matrices, factors, count)
+    above, same = greater.tolist(), equal.tolist()
+    ties_left = count - sum(above)
+    chosen = {}
+    for w, matrix, n_above, n_same in zip(weights, matrices, above, same, strict=True):
+        ties = min(ties_left, n_same)
+        ties_left -= ties
+        csr = ops.score_select(matrix, w.factors, threshold, ties, n_above + ties)
+        chosen[w.name] = WeightSelection.trusted(w.layout, *csr)
+    return chosen
+
+
+def _draw_distinct(total: int, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` distinct numbers below ``total``, uniformly, ascending, in memory proportional to ``count``."""
+    if count > total // 2:  # draw those to leave out instead
+        kept = torch.ones(total, dtype=torch.bool)
+        kept[_draw_distinct(total, total - count, generator)] = False
+        return kept.nonzero().squeeze(1)
+    drawn = torch.empty(0, dtype=torch.int64)
+    while drawn.numel() < count:
+        more = torch.randint(total, (count - drawn.numel() + 16 + count // 64,), generator=generator)
+        drawn = torch.cat([drawn, more]).unique()
+    surplus = torch.randperm(drawn.numel(), generator=generator)[:count]
+    return drawn[surplus].sort().values

@@ -1,0 +1,229 @@
+"""Feeding calibration data through a model without gradients, watching every weight, and leaving no trace behind."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
+
+from fps_kernels.weights.matrix import is_simulated, unfit
+from fps_kernels.weights.offloading import offloaded_parameters
+from fps_kernels.weights.watching import WeightInterception, WeightUse
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+class UnsupportedInputError(TypeError):
+    """The input of a weight has a dtype that has no column norm."""
+
+
+@dataclass
+class ForwardPass:
+    """What a forward pass showed about the parameters that no supported function took as its weight.
+
+    Attributes:
+        other_uses: where else a parameter went, by name.
+        scripted: names of the parameters of TorchScript modules, whose multiplications nobody sees.
+    """
+
+    other_uses: dict[str, str]
+    scripted: frozenset[str]
+
+    def reason_unused(self, name: str, parameter: Tensor) -> str:
+        """Why a parameter has no statistics."""
+        if reason := unfit(parameter):
+            return reason
+        if name in self.other_uses:
+            return f"it reached {self.other_uses[name]}, and was never the weight of F.linear, F.conv2d or torch.addmm"
+        if name in self.scripted:
+            return "it belongs to a TorchScript module, which hides its multiplications: use the module it was made from"
+        return "it was never used in the forward pass"
+
+
+def matrix_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter with two or more dimensions, by its first name."""
+    return {name: p for name, p in model.named_parameters() if p.dim() >= 2}
+
+
+def scripted_parameters(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters of TorchScript modules."""
+    scripted = [path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    prefixes = tuple(f"{path}." if path else "" for path in scripted)
+    return frozenset(name for name, _ in model.named_parameters() if name.startswith(prefixes))
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards every module is in the mode it was found in.
+
+    The flags are set without ``train()`` and ``eval()``, which some modules override to do more (LoRA layers merge their
+    weights there), and which exported programs refuse.
+    """
+    found = [(module, module.training) for module in model.modules() if hasattr(module, "training")]  # frozen scripts: none
+    try:
+        for module, _ in found:
+            module.training = False
+        yield
+    finally:
+        for module, training in found:
+            module.training = training
+
+
+def batches_of(data: Iterable[Any], what: str, progress: bool | None) -> Iterator[Any]:
+    """The batches of ``data``, with a progress bar.
+
+    Raises:
+        TypeError: ``data`` is a single batch, or cannot be iterated over.
+        ValueError: ``data`` gives nothing.
+    """
+    if isinstance(data, Tensor | Mapping | str):
+        raise TypeError(f"data must be an iterable of batches, got {describe(data)}: put a single batch into a list")
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise TypeError(f"data must be an iterable of batches, got {describe(data)}")
+    batches = iter(tqdm(data, desc=what, unit="batch", disable=None if progress is None else not progress))
+    empty = object()
+    first = next(batches, empty)
+    if first is empty:
+        raise ValueError("data gave no batch: it is empty, or an iterator that was used up before")
+    return itertools.chain([first], batches)
+
+
+def run_forward(
+    model: nn.Module,
+    data: Iterable[Any],
+    on_use: Callable[[WeightUse], None],
+    *,
+    forward: Forward | None,
+    micro_batch: int | None,
+    max_batches: int | None,
+    progress: bool | None,
+) -> ForwardPass:
+    """Feed the data through the model without gradients, with every use of a weight reported to ``on_use``."""
+    if micro_batch is not None and micro_batch < 1:
+        raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches must be at least 1, got {max_batches}")
+    check_has_values(model)
+    parameters = {name: p for name, p in matrix_parameters(model).items() if unfit(p) is None}
+    feed = forward or default_forward
+    interception = WeightInterception(parameters, on_use, offloaded_parameters(model))
+    with evaluation_mode(model), torch.no_grad(), uncompiled():
+        for index, batch in enumerate(itertools.islice(batches_of(data, "calibrate", progress), max_batches)):
+            for piece in split_batch(to_device(batch, model_device(model)), micro_batch):
+                with interception, explained(index, piece):
+                    feed(model, piece)
+    return ForwardPass(interception.other_uses, scripted_parameters(model))
+
+
+def uncompiled() -> Any:
+    """Inside, compiled models run as they were written: compiled, they would hide their multiplications."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def check_has_values(model: nn.Module) -> None:
+    """Refuse models whose parameters have no shape yet, or lie on the meta device and are not brought in when needed."""
+    offloaded = offloaded_parameters(model)
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name} has no shape yet: run the model once, so that its lazy modules are initialised")
+        if p.is_meta and not is_simulated(p) and name not in offloaded:
+            raise ValueError(f"{name} is on the meta device and has no values: load the weights first")
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """``model(batch)``, ``model(batch[0])`` for a tuple or list, ``model(**batch)`` for a mapping."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, list | tuple):
+        if not batch:
+            raise ValueError("an empty tuple holds no input")
+        return model(batch[0])
+    return model(batch)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the first parameter that is there, where inputs go."""
+    first = next((p for p in model.parameters() if not p.is_meta), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """The batch with ``function`` of each of its tensors, in containers of the same types."""
+
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if isinstance(leaf, Mapping):  # unknown to pytree, as Hugging Face's BatchEncoding
+            mapped: Any = copy.copy(leaf) if isinstance(leaf, MutableMapping) else dict(leaf)
+            for key, value in leaf.items():
+                mapped[key] = map_tensors(function, value)
+            return mapped
+        return leaf
+
+    return pytree.tree_map(of_leaf, batch)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on ``device``."""
+    return map_tensors(lambda t: t.to(device, non_blocking=True), batch)
+
+
+def split_batch(batch: Any, size: int | None) -> Iterator[Any]:
+    """The batch in pieces of ``size`` samples. The first tensor tells how many there are.
+
+    Raises:
+        ValueError: the batch holds no tensor to split.
+    """
+    if size is None:
+        yield batch
+        return
+    tensors: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    map_tensors(note, batch)
+    samples = next((t.shape[0] for t in tensors if t.dim() > 0), None)
+    if samples is None:
+        raise ValueError(f"micro_batch finds no tensor to split in {describe(batch)}: let data give smaller batches")
+
+    def piece(start: int) -> Any:
+        def of(tensor: Tensor) -> Tensor:
+            return tensor[start : start + size] if tensor.dim() > 0 and tensor.shape[0] == samples else tensor
+
+        return map_tensors(of, batch)
+
+    for start in range(0, max(samples, 1), size):
+        yield piece(start)
+
+
+@contextmanager
+def explained(index: int, batch: Any) -> Iterator[None]:
+    """Says which batch made a model's forward fail."""
+    try:
+        yield
+    except (UnsupportedInputError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError, AssertionError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"the model's forward failed on batch {index} of data, {describe(batch)}: "
+            f"{type(error).__name__}: {error} (forward= feeds a batch your way)"
+        ) from error
+
+
+def describe(batch: Any) -> str:
+    """A batch in a few words."""
+    if isinstance(batch, Tensor):
+        return f"a {str(batch.dtype).removeprefix('torch.')} tensor of shape {list(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return f"a mapping with the keys {list(batch)}"
+    if isinstance(batch, list | tuple):
+        return f"a {type(batch).__name__} of ({', '.join(describe(item) for item in batch)})"
+    return f"a {type(batch).__name__}"

@@ -1,0 +1,167 @@
+"""``fps-kernels inspect``, ``compare`` and ``apply``: what is in selection and delta files."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fps_kernels.cli.config import Config
+from fps_kernels.cli.options import Json, Precision
+from fps_kernels.cli.output import print_json, print_table
+from fps_kernels.deltas.delta import FORMAT as DELTA
+from fps_kernels.deltas.delta import Delta
+from fps_kernels.runs.progress import note
+from fps_kernels.selection import Selection
+from fps_kernels.storage.atomic import check_writable, replaced_at_once
+from fps_kernels.storage.checked_file import format_of
+
+
+def _selection(path: Path) -> tuple[Selection, Delta | None]:
+    if format_of(path) == DELTA:
+        delta = Delta.load(path)
+        return delta.selection, delta
+    return Selection.load(path), None
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A selection or a delta file.", metavar="FILE")],
+    html: Annotated[Path | None, typer.Option(help="Write a report with charts, one page.", metavar="REPORT.html")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="In the report: overlap with another selection or delta.", metavar="FILE")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="In the report: memory, time and accuracy of a run of tune.", metavar="DIR")
+    ] = None,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """What a selection or a delta file holds, weight by weight.
+
+    \b
+    Example: fps-kernels inspect task.safetensors --html report.html \\
+                 --against gps.safetensors --run task.run
+    """
+    if html is None and (against is not None or run is not None):
+        raise ValueError("--against and --run go with --html")
+    if html is not None:
+        check_writable(html)
+    selection, delta = _selection(path)
+    rows = selection.summary()
+    about: dict[str, Any] = {
+        "file": str(path),
+        "kind": "selection" if delta is None else "delta",
+        "bytes": path.stat().st_size,
+        "entries": selection.nnz if delta is None else delta.entries,
+        "density": selection.density,
+        "trained_whole": len(selection.dense),
+        **selection.description,
+        **({} if delta is None else {"base": delta.base, **delta.versions}),
+    }
+    if html is not None:
+        _write_report(html, about, selection, against, run)
+    if json:
+        print_json({**about, "weights": rows})
+        return
+    if html is not None:
+        typer.echo(f"written: {html} ({html.stat().st_size / 1e6:.1f} MB)")
+        return
+    body = [
+        [
+            row["name"],
+            "×".join(map(str, row["shape"])),
+            f"{row['chosen']:,}",
+            f"{row['density']:.3%}",
+            f"{row['distinct_columns']} of {selection[row['name']].layout.shape[1]}",
+        ]
+        for row in rows
+    ]
+    print_table(str(path), ["weight", "shape", "chosen", "density", "columns"], body)
+    for key, value in about.items():
+        text = f"{value:.4%}" if key == "density" else str(value)
+        typer.echo(f"{key}: {text if len(text) <= 100 else text[:99] + '…'}")
+    if delta is not None and delta.entries:
+        typer.echo(f"bytes an entry: {path.stat().st_size / delta.entries:.2f}")
+
+
+def _write_report(html: Path, about: dict[str, Any], selection: Selection, against: Path | None, run: Path | None) -> None:
+    from fps_kernels.report import Run, report
+
+    other = None if against is None else (str(against), _selection(against)[0])
+    page = report(about, selection, against=other, run=None if run is None else Run.read(run))
+    with replaced_at_once(html) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="A selection or a delta file.")],
+    second: Annotated[Path, typer.Argument(help="Another one of the same model.")],
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """How much two choices have in common, weight by weight: common entries over those of the smaller choice.
+
+    \b
+    Example: fps-kernels compare fps.safetensors gps.safetensors
+    """
+    a, b = _selection(first)[0], _selection(second)[0]
+    common = a & b
+    rows: list[dict[str, Any]] = []
+    for name in dict.fromkeys((*a, *b)):
+        counts = [s[name].nnz if name in s else 0 for s in (a, b)]
+        both = common[name].nnz if name in common and name in a and name in b else 0
+        rows.append({"name": name, "first": counts[0], "second": counts[1], "common": both})
+    total = a.overlap(b)
+    if json:
+        print_json({"overlap": total, "weights": rows})
+        return
+    body = []
+    for row in rows:
+        smaller = min(row["first"], row["second"])
+        share = f"{row['common'] / smaller:.1%}" if smaller else "–"
+        body.append([row["name"], *(f"{row[key]:,}" for key in ("first", "second", "common")), share])
+    print_table(f"{first} and {second}", ["weight", "first", "second", "common", "overlap"], body)
+    typer.echo(f"overlap: {total:.2%}")
+
+
+def apply(
+    delta: Annotated[Path, typer.Argument(help="A delta file.")],
+    base: Annotated[Path, typer.Argument(help="The base model's weights, a safetensors file.")],
+    output: Annotated[Path, typer.Argument(help="Where the tuned weights go, a safetensors file.")],
+    dtype: Annotated[
+        Precision | None, typer.Option(help="Of the floating-point weights; the base's own if not given.")
+    ] = None,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Write the weights of a base model with a delta applied.
+
+    The base is checked by the names, shapes and dtypes that the delta needs, not by its fingerprint: a checkpoint may lack
+    parameters that the model had when it was tuned (its new head), or have them in another shape (its old head).
+
+    \b
+    Example: fps-kernels apply task.safetensors base.safetensors tuned.safetensors
+    """
+    check_writable(output)
+    loaded = Delta.load(delta)
+    with safe_open(base, framework="pt") as file:
+        metadata = file.metadata() or {}
+    tensors = load_file(base)
+    if dtype is not None:
+        tensors = {n: t.to(dtype.dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    floats = [t.dtype for t in tensors.values() if t.is_floating_point()]
+    usual = max(set(floats), key=floats.count, default=torch.float32)
+    new = [n for n, v in loaded.dense.items() if n not in tensors or tensors[n].shape != v.shape]
+    for name in new:
+        if name in tensors:
+            note(f"{name}: {list(tensors[name].shape)} in the base is replaced by {list(loaded.dense[name].shape)}")
+        tensors[name] = torch.empty_like(loaded.dense[name], dtype=usual)
+    loaded.write_into(tensors)
+    with replaced_at_once(output) as temporary:
+        save_file(tensors, temporary, {**metadata, "format": "pt"})
+    if json:
+        print_json({"file": str(output), "entries": loaded.entries, "weights": len(loaded.values), "new": new})
+        return
+    typer.echo(f"{output}: {loaded.entries:,} entries of {len(loaded.values)} weights and {len(loaded.dense)} parameters")

@@ -1,0 +1,1 @@
+"""Tuned entries apart from their model: as objects, as small files, merged."""

@@ -1,0 +1,147 @@
+"""From the options of a choice to a selection."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fps_kernels.choosing.budgets import Budget, Global, PerNeuron, PerTensor
+from fps_kernels.choosing.calibration import ActivationStats, calibrate
+from fps_kernels.choosing.scorers import FPS, GrowthDriven, Magnitude, Random, Scorer, Wanda
+from fps_kernels.choosing.select import select
+from fps_kernels.memory import measure
+from fps_kernels.runs.images import ImageSet, Reading, as_seen_by, sample, training_images
+from fps_kernels.runs.models import Loaded
+from fps_kernels.runs.progress import progress_bar
+from fps_kernels.selection import Selection
+
+SCORERS = ("fps", "wanda", "magnitude", "random", "growth")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to choose, and from which images; the options of ``fps-kernels select``. The scorer is one of :data:`SCORERS`."""
+
+    scorer: str
+    anchor: Path | None
+    k: int | None
+    density: float | None
+    across: bool
+    include: tuple[str, ...] | None
+    exclude: tuple[str, ...] | None
+    dense: tuple[str, ...] | None
+    samples: int
+    batch_size: int
+    micro_batch: int | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.scorer not in SCORERS:
+            raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, got {self.scorer!r}")
+        if self.k is not None and self.density is not None:
+            raise ValueError("give --k or --density, not both")
+        if self.across and self.density is None:
+            raise ValueError("--global goes with --density")
+        if (self.scorer == "growth") != (self.anchor is not None):
+            raise ValueError("--scorer growth and --anchor go together: growth is over what the anchor's images give")
+        if self.anchor is not None and not self.anchor.exists():
+            raise ValueError(f"--anchor: there is no folder or file {self.anchor}")
+        self.budget()
+
+    @property
+    def most(self) -> int:
+        """Images that are looked at, if there are as many; one batch where they only show which weights are used."""
+        return self.batch_size if self.scorer in ("magnitude", "random") else self.samples
+
+    def budget(self) -> Budget:
+        """How many entries.
+
+        Raises:
+            ValueError: a density outside (0, 1].
+        """
+        if self.density is None:
+            return PerNeuron(self.k or 1)
+        return Global(self.density) if self.across else PerTensor(self.density)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A selection and what it cost.
+
+    Attributes:
+        selection: the choice.
+        seconds: of the passes and the choice, with reading the images.
+        peak_memory: bytes: most that live tensors held, weights included; on a GPU, what torch's allocator had given out.
+        images: that were looked at.
+    """
+
+    selection: Selection
+    seconds: float
+    peak_memory: int
+    images: int
+
+
+def choose(loaded: Loaded, images: ImageSet, choice: Choice, reading: Reading) -> Chosen:
+    """Choose the entries of a model that are worth tuning on these images.
+
+    Raises:
+        ValueError: see :func:`fps_kernels.select`; images that cannot be read.
+    """
+    with progress_bar() as progress:
+
+        def batches(source: ImageSet, label: str) -> Iterator[Tensor]:
+            count, places = sample(len(source), choice.most, choice.batch_size, choice.seed)
+            task = progress.add_task(label, total=count, status="")
+            for inputs, _ in reading.batches(source, as_seen_by(loaded.config), places, choice.seed):
+                yield inputs.to(loaded.device, loaded.dtype)
+                progress.advance(task)
+
+        def chosen() -> Selection:
+            return select(
+                loaded.model,
+                batches(images, "choose"),
+                scorer=_scorer(choice, lambda: _anchor(loaded, choice, batches)),
+                budget=choice.budget(),
+                include=choice.include,
+                exclude=choice.exclude,
+                dense=choice.dense,
+                micro_batch=choice.micro_batch,
+                progress=False,
+            )
+
+        from torch import _dynamo  # noqa: F401  select() needs it; the seconds of its first import are none of the choice's
+
+        start = time.perf_counter()
+        if loaded.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(loaded.device)
+            selection = chosen()
+            peak = torch.cuda.max_memory_allocated(loaded.device)
+        else:
+            report = measure(chosen, existing=[loaded.model])
+            selection, peak = report.result, report.peak
+        return Chosen(selection, time.perf_counter() - start, peak, min(choice.most, len(images)))
+
+
+def _scorer(choice: Choice, anchor: Callable[[], ActivationStats]) -> Scorer:
+    match choice.scorer:
+        case "wanda":
+            return Wanda()
+        case "magnitude":
+            return Magnitude()
+        case "random":
+            return Random(choice.seed)
+        case "growth":
+            return GrowthDriven(anchor())
+        case _:
+            return FPS()
+
+
+def _anchor(loaded: Loaded, choice: Choice, batches: Callable[[ImageSet, str], Iterator[Tensor]]) -> ActivationStats:
+    assert choice.anchor is not None
+    if choice.anchor.is_file():
+        return ActivationStats.load(choice.anchor, loaded.device)
+    images = training_images(str(choice.anchor), None, None, False)
+    return calibrate(loaded.model, batches(images, "anchor"), micro_batch=choice.micro_batch, progress=False)

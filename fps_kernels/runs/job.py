@@ -1,0 +1,196 @@
+"""The work of ``fps-kernels tune``: a selection, the training in a run folder, and the delta at its end."""
+
+import hashlib
+import json
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fps_kernels.deltas.delta import save_delta
+from fps_kernels.memory import format_bytes
+from fps_kernels.runs.choice import Choice, choose
+from fps_kernels.runs.folder import RunFolder, read_metrics
+from fps_kernels.runs.images import ImageSet, Reading
+from fps_kernels.runs.loop import Habits, Recipe, Training
+from fps_kernels.runs.models import Loaded
+from fps_kernels.runs.progress import note, progress_bar, warn
+from fps_kernels.runs.stopping import StopSignal
+from fps_kernels.selection import Selection
+from fps_kernels.tuning.attaching import attach
+from fps_kernels.weights.fingerprint import fingerprint
+
+
+@dataclass(frozen=True)
+class Job:
+    """What ``fps-kernels tune`` was asked for.
+
+    Attributes:
+        name: of the architecture.
+        settings: of the model, which the run depends on beside the recipe and the choice.
+        selection: a file, or ``None``: choose by ``choice``.
+        choice: how to choose.
+        recipe: how to train.
+        habits: how often to save, log and evaluate.
+        workers: processes that read images.
+        folder: of the run.
+        output: the delta.
+        bf16_values: write its values in bfloat16.
+        tensorboard: folder for TensorBoard.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    selection: Path | None
+    choice: Choice
+    recipe: Recipe
+    habits: Habits
+    workers: int
+    folder: Path
+    output: Path
+    bf16_values: bool
+    tensorboard: Path | None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came of a run.
+
+    Attributes:
+        bytes: of the delta file.
+        steps: of the whole run.
+        trained: numbers that were trained.
+        accuracy: share of the test images that are classified correctly, at the end.
+        test_loss: mean cross-entropy on them.
+        test_images: their number.
+        step_seconds: median over the records of the metrics.
+        peak_memory: bytes, ``None`` where the run was at its end already.
+    """
+
+    bytes: int
+    steps: int
+    trained: int
+    accuracy: float
+    test_loss: float
+    test_images: int
+    step_seconds: float
+    peak_memory: int | None
+
+
+def make_deterministic(device: torch.device) -> None:
+    """On a GPU: the same bits in every run, by kernels that are slower where there is a choice."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def tune_model(job: Job, loaded: Loaded, train: ImageSet, test: ImageSet) -> Tuned:
+    """Tune, or go on with the run that is in the folder, and write the delta.
+
+    Raises:
+        ValueError: a folder of another run, or one that another process works in; see :class:`Training`.
+        InterruptedRunError: a signal; the run is saved.
+        ImportError: TensorBoard was asked for and is missing.
+    """
+    writer = _tensorboard_writer() if job.tensorboard is not None else None
+    settings = {**job.settings, "base": fingerprint(loaded.model), "train": train.digest(), "test": test.digest()}
+    settings |= asdict(job.recipe)
+    if job.selection is None:
+        anchor = None if job.choice.anchor is None else str(job.choice.anchor)
+        settings["choice"] = {**asdict(job.choice), "anchor": anchor}
+    else:
+        settings["selection"] = hashlib.sha256(job.selection.read_bytes()).hexdigest()
+    reading = Reading(job.workers, loaded.mode, loaded.device.type == "cuda")
+    folder = RunFolder(job.folder)
+    with folder.held():
+        folder.check_settings(settings)
+        chosen = _chosen(job, folder, loaded, train, reading)
+        about = {"model": job.name, "image_size": str(loaded.config["input_size"][-1])}
+        about["classes"] = json.dumps(train.classes, ensure_ascii=False)
+        chosen = replace(chosen, description={**chosen.description, **about})
+        with attach(loaded.model, chosen.to(loaded.device)) as tuner, progress_bar() as progress:
+            task = progress.add_task("tune", total=1, status="")
+            say: Callable[[str], None] = note if progress.disable else progress.console.print
+
+            def on_record(record: dict[str, Any]) -> None:
+                if record["type"] == "eval":
+                    epoch = f"epoch {record['epoch']}/{job.recipe.epochs}"
+                    say(f"{epoch}: accuracy {record['accuracy']:.2%}, test loss {record['loss']:.4f}")
+                if board is not None:
+                    _plot(board, record)
+
+            def on_step(step: int, loss: float | None) -> None:
+                epoch = min(job.recipe.epochs, 1 + step // training.order.steps_per_epoch)
+                known = "" if loss is None else f" loss {loss:.3f}"
+                progress.update(task, completed=step, status=f"epoch {epoch}/{job.recipe.epochs}{known}")
+
+            training = Training(
+                loaded, tuner, train, test, reading, job.recipe, job.habits, folder, on_record=on_record, on_step=on_step
+            )
+            progress.update(task, total=training.order.steps, completed=training.at.step)
+            if training.resumed:
+                say(f"resumed at step {training.at.step:,} of {training.order.steps:,} from {folder.path}")
+            # Points of steps that are done again are taken off the board.
+            purge = training.at.step + 1 if training.resumed else None
+            board = None if writer is None else writer(str(job.tensorboard), purge_step=purge)
+            with StopSignal() as stop:
+                training.run(stop)
+            save_delta(tuner, job.output, torch.bfloat16 if job.bf16_values else None)
+        if board is not None:
+            board.close()
+        if lost := training.changed_buffers():
+            warn(f"the model changed its buffer {lost[0]} while it was tuned, which a delta does not hold")
+        return _outcome(job, training)
+
+
+def _chosen(job: Job, folder: RunFolder, loaded: Loaded, images: ImageSet, reading: Reading) -> Selection:
+    """The selection of the run: that of the file, the one chosen before, or a new one, kept in the folder."""
+    if folder.selection.is_file():
+        return Selection.load(folder.selection)
+    if job.selection is not None:
+        found = Selection.load(job.selection)
+    else:
+        made = choose(loaded, images, job.choice, reading)
+        found = made.selection.to("cpu")
+        folder.note_choosing({"seconds": made.seconds, "peak_memory": made.peak_memory, "images": made.images})
+        note(
+            f"chosen: {found.nnz:,} entries, {found.density:.3%}, by {found.description['scorer']} from {made.images} "
+            f"images in {made.seconds:.1f} s, peak memory {format_bytes(made.peak_memory)}"
+        )
+    found.save(folder.selection)
+    return found
+
+
+def _tensorboard_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("--tensorboard needs tensorboard: pip install tensorboard", name="tensorboard") from error
+    return SummaryWriter
+
+
+def _plot(board: Any, record: dict[str, Any]) -> None:
+    if record["type"] in ("train", "eval"):
+        for key in ("loss", "accuracy", "lr", "step_seconds"):
+            if key in record:
+                board.add_scalar(f"{record['type']}/{key}", record[key], record["step"])
+        board.flush()
+
+
+def _outcome(job: Job, training: Training) -> Tuned:
+    records = read_metrics(training.folder.metrics)
+    last = next(r for r in reversed(records) if r["type"] == "eval")
+    return Tuned(
+        bytes=job.output.stat().st_size,
+        steps=training.order.steps,
+        trained=sum(p.numel() for p in training.tuner.parameters()),
+        accuracy=last["accuracy"],
+        test_loss=last["loss"],
+        test_images=last["images"],
+        step_seconds=statistics.median([r["step_seconds"] for r in records if r["type"] == "train"]),
+        peak_memory=max((r["peak_memory"] for r in records if "peak_memory" in r), default=None),
+    )

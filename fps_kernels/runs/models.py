@@ -1,0 +1,186 @@
+"""A timm model with its weights, and how it wants its images."""
+
+import difflib
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from fps_kernels.runs.progress import warn
+from fps_kernels.weights.roles import classifier_modules
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and what goes into it.
+
+    Attributes:
+        model: on its device, in its dtype.
+        config: timm's data configuration: ``input_size``, ``mean``, ``std``, ``interpolation``, ...
+        device: where it lies.
+        dtype: of its parameters.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def mode(self) -> str:
+        """PIL's mode of its images."""
+        return "L" if self.config["input_size"][0] == 1 else "RGB"
+
+
+def load_model(
+    name: str,
+    *,
+    checkpoint: Path | None,
+    pretrained: bool,
+    classes: int,
+    image_size: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    drop_path: float = 0.0,
+) -> Loaded:
+    """A timm model; its new head, and all of it where there is no checkpoint, is drawn by the seed.
+
+    Raises:
+        ValueError: see :func:`timm_model`; both of ``checkpoint`` and ``pretrained``; or images of a
+            size that the model cannot take.
+    """
+    if checkpoint is not None and pretrained:
+        raise ValueError("give --checkpoint or --pretrained, not both")
+    torch.manual_seed(seed)
+    model = timm_model(name, checkpoint, classes, image_size, pretrained=pretrained, drop_path=drop_path)
+    if checkpoint is None and not pretrained:
+        warn(f"{name} has random weights: --checkpoint FILE or --pretrained gives it others")
+    config: dict[str, Any] = dict(resolve_model_data_config(model))
+    if image_size is not None:
+        config |= {"input_size": (config["input_size"][0], image_size, image_size)}
+    loaded = Loaded(model.to(device, dtype), config, device, dtype)
+    _try(name, loaded)
+    return loaded
+
+
+@torch.no_grad()
+def _try(name: str, loaded: Loaded) -> None:
+    """One empty image, so that a size that does not fit is found before any work."""
+    training = loaded.model.training
+    try:
+        loaded.model.eval()(torch.zeros(1, *loaded.config["input_size"], device=loaded.device, dtype=loaded.dtype))
+    except (AssertionError, RuntimeError) as error:
+        side = loaded.config["input_size"][-1]
+        raise ValueError(f"{name} cannot take images of {side}×{side} (--image-size): {error}") from error
+    finally:
+        loaded.model.train(training)
+
+
+def timm_model(
+    name: str,
+    checkpoint: Path | None,
+    classes: int,
+    image_size: int | None,
+    *,
+    pretrained: bool = False,
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """A timm model with a new head, in float32.
+
+    Args:
+        name: of the architecture.
+        checkpoint: a safetensors file with timm's keys; position embeddings are resized. ``None``: random weights.
+        classes: outputs of the head.
+        image_size: side of the images, ``None`` for the model's own.
+        pretrained: without a checkpoint, timm's own weights, from its cache or downloaded.
+        drop_path: rate of stochastic depth.
+
+    Raises:
+        ValueError: an unknown architecture or one that lacks an option; a file that is no safetensors file or lacks weights
+            of the model; weights that cannot be had.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 1)
+        hint = f"did you mean {near[0]!r}?" if near else "timm.list_models() names them all"
+        raise ValueError(f"timm has no model {name!r}: {hint}")
+    options: dict[str, Any] = {"num_classes": classes}
+    if drop_path:
+        options["drop_path_rate"] = drop_path
+    if image_size is not None:
+        options["img_size"] = image_size
+    if checkpoint is not None:
+        if checkpoint.suffix != ".safetensors":
+            raise ValueError(f"{checkpoint} must be a .safetensors file: pickled checkpoints are not read")
+        if not checkpoint.is_file():
+            raise ValueError(f"there is no file {checkpoint}")
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(checkpoint), "source": "file"}}
+    elif pretrained:
+        options["pretrained"] = True
+    source = "timm's weights" if checkpoint is None else str(checkpoint)
+    with _missing_weights() as missing:
+        try:
+            model = _created(name, options)
+        except SafetensorError as error:
+            raise ValueError(f"{source}: no safetensors file, or damaged: {error}") from error
+        except (RuntimeError, KeyError, OSError) as error:  # strict loading, shapes, the hub
+            if "pretrained" not in options:
+                raise
+            raise ValueError(f"{source} cannot be loaded into {name}: {_one_line(error)}") from error
+    heads = tuple(f"{head}." for head in classifier_modules(model))
+    lacking = [key for key in missing if not key.startswith(heads)] if heads else missing
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise ValueError(f"{source} cannot be loaded into {name}: it lacks {lacking[0]}{more}")
+    return model.to(torch.float32)
+
+
+def _created(name: str, options: dict[str, Any]) -> nn.Module:
+    while True:
+        try:
+            model: nn.Module = timm.create_model(name, **options)
+            return model
+        except TypeError as error:
+            refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if refused is None or refused[1] not in options:
+                raise
+            if refused[1] != "img_size":
+                raise ValueError(f"{name} has no option {refused[1]}") from error
+            del options["img_size"]  # a network of convolutions takes images of any size
+
+
+@contextmanager
+def _missing_weights() -> Iterator[list[str]]:
+    """Collects the names of weights that timm did not find in a checkpoint: it only logs them and leaves them random."""
+    missing: list[str] = []
+
+    class Note(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if found := re.match(r"Missing keys \((.*)\) discovered", record.getMessage()):
+                missing.extend(found[1].split(", "))
+
+    logger, handler = logging.getLogger("timm.models._builder"), Note()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield missing
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _one_line(error: Exception) -> str:
+    """torch puts every key on a line of its own."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[1:2] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else lines)
+    return text if len(text) <= 300 else f"{text[:297]}…"

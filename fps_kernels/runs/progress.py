@@ -1,0 +1,33 @@
+"""What a long command tells on standard error: notes, warnings, a bar."""
+
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+
+def note(text: str) -> None:
+    """One line on standard error, which leaves standard output to results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """One line that says what the user may not have meant."""
+    note(f"warning: {text}")
+
+
+def progress_bar() -> Progress:
+    """A bar with the time left, on standard error; nothing where that is no terminal.
+
+    Tasks have the field ``status``, a few words behind the bar.
+    """
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}", markup=False),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True)

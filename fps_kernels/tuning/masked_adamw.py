@@ -1,0 +1,421 @@
+"""AdamW on the chosen entries only: compact state, one kernel call a step, every other entry keeps its bits."""
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fps_kernels import ops
+from fps_kernels.selection import Selection, WeightSelection
+from fps_kernels.tuning.attaching import Tuner
+from fps_kernels.tuning.compact_values import entries_of
+from fps_kernels.weights.matrix import MatrixLayout, is_simulated, unfit
+
+_STATE = ("step", "exp_avg", "exp_avg_sq", "master")
+
+
+def masked_parameters(
+    model: nn.Module,
+    selection: Selection | Mapping[str, Tensor],
+    *,
+    options: Callable[[str, nn.Parameter], Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Parameter groups for :class:`MaskedAdamW`: the chosen entries of the selected weights, and the dense parameters.
+
+    The model is not changed: gradients are the usual dense ones, and no hook is installed. To save the memory and time
+    of gradients that are not needed, freeze the other parameters yourself.
+
+    Args:
+        model: the model to tune.
+        selection: a :class:`Selection`, or boolean masks in the shapes of their parameters, by name.
+        options: ``options(name, parameter)`` gives the group options of a parameter, such as
+            ``{"lr": 1e-4, "weight_decay": 0.0}``; parameters with equal options share a group.
+
+    Returns:
+        Param groups with the keys ``params``, ``names``, ``selections`` (one :class:`WeightSelection` or ``None`` per
+        parameter) and the options.
+
+    Raises:
+        ValueError: names or shapes that are not the model's, two names of one parameter, or parameters that do not
+            require gradients.
+        TypeError: masks that are not boolean.
+
+    Example:
+        >>> groups = fps.masked_parameters(model, selection)
+        >>> groups = fps.masked_parameters(model, {"fc.weight": model.fc.weight.abs() > 0.1})
+        >>> optimizer = fps.MaskedAdamW(groups, lr=1e-3)
+    """
+    if not isinstance(selection, Selection):
+        selection = Selection.from_masks(selection)
+    parameters = selection.check(model)
+    if not parameters:
+        raise ValueError("the selection is empty: it names no parameter")
+    groups: list[dict[str, Any]] = []
+    first_names: dict[nn.Parameter, str] = {}
+    for name, p in parameters.items():
+        if (first := first_names.setdefault(p, name)) != name:
+            raise ValueError(f"{first} and {name} are one parameter: name it once")
+        if not p.requires_grad:
+            raise ValueError(f"{name} is selected but does not require gradients: call .requires_grad_() on it")
+        chosen = dict(options(name, p)) if options is not None else {}
+        group = next((g for g in groups if g["options"] == chosen), None)
+        if group is None:
+            group = {"params": [], "names": [], "selections": [], "options": chosen}
+            groups.append(group)
+        group["params"].append(p)
+        group["names"].append(name)
+        group["selections"].append(selection.weights.get(name))
+    return [{**{k: v for k, v in g.items() if k != "options"}, **g["options"]} for g in groups]
+
+
+class MaskedAdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter, ICLR 2019, algorithm 2) on chosen entries; the others stay bit-identical.
+
+    State is compact: float32 moments, and float32 master values where the weight is bfloat16 or float16, of the chosen
+    entries only. On them it follows ``torch.optim.AdamW``. Parameters without a selection are tuned whole, by the same
+    kernel. A step is one kernel launch on a GPU, safe under CUDA graph capture with ``capturable=True``.
+
+    The chosen entries of a 16-bit weight follow their master values from the first step on: whoever writes such a weight
+    later (``model.load_state_dict``) has to load the optimizer's state as well, or drop ``optimizer.state[weight]``.
+
+    Args:
+        params: a tuner from :func:`attach`, or groups of its parameters: update and write-back are one kernel then. Or
+            groups from :func:`masked_parameters`. Plain parameters and groups without ``selections`` are tuned whole.
+        lr: learning rate; a tensor on the parameters' device makes changes visible to a captured CUDA graph.
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay, of the chosen entries only.
+        maximize: ascend instead of descend.
+        capturable: the step may be captured in a CUDA graph, where an ``lr`` that is a number is captured as it is.
+        zero_grads: set gradients to zero in the same pass that reads them, instead of calling ``zero_grad()``; for
+            attached weights and parameters that are tuned whole.
+
+    Raises:
+        ValueError: a number out of range, a parameter given twice or without memory of its own, or a selection that
+            does not fit its parameter.
+        TypeError: parameters that are no plain tensors of float32, bfloat16 or float16.
+
+    Example:
+        >>> optimizer = fps.MaskedAdamW(fps.attach(model, selection), lr=1e-3)
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+    """
+
+    # torch.amp.GradScaler then hands over grad_scale and found_inf, which the kernel applies.
+    _step_supports_amp_scaling = True
+    # Compact values are written into their weights by the kernel that updates them, not after the step.
+    writes_attached_weights = True
+
+    def __init__(
+        self,
+        params: Tuner | Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        zero_grads: bool = False,
+    ) -> None:
+        self._selections: dict[Tensor, WeightSelection] = {}
+        self._views: dict[Tensor, tuple[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]] = {}
+        self._learning_rates: dict[torch.device, tuple[tuple[Any, ...], Tensor]] = {}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        self._zero_grads = zero_grads
+        super().__init__(params.param_groups() if isinstance(params, Tuner) else params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as from :func:`masked_parameters`; see ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError: as the constructor; nothing is added then.
+            TypeError: as the constructor; nothing is added then.
+        """
+        group = dict(param_group)
+        names = group.pop("names", None)
+        selections = group.pop("selections", None)
+        _check_options({**self.defaults, **group})
+        if isinstance(group["params"], set):
+            raise TypeError("params must be in an order that stays the same: give a list instead of a set")
+        items = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        group["params"] = items  # (name, parameter) pairs stay pairs: torch takes them apart
+        params = [item[1] if isinstance(item, tuple) else item for item in items]
+        unnamed = [item[0] if isinstance(item, tuple) else f"params[{i}]" for i, item in enumerate(items)]
+        labels = unnamed if names is None else list(names)
+        selections = [None] * len(params) if selections is None else list(selections)
+        for argument, given in (("selections", selections), ("names", labels)):
+            if len(given) != len(params):
+                raise ValueError(f"{argument} must have one item per parameter, got {len(given)} for {len(params)}")
+        placed: dict[Tensor, WeightSelection] = {}
+        for label, p, selection in zip(labels, params, selections, strict=True):
+            _check_parameter(label, p)
+            if p in placed:
+                raise ValueError(f"{label} appears twice in its group")
+            if not isinstance(selection, WeightSelection | None):
+                raise TypeError(
+                    f"the selection of {label} must be a WeightSelection or None, got {type(selection).__name__}"
+                )
+            entries = entries_of(p)
+            if entries is not None:
+                selection = entries.selection
+            elif selection is not None and self._zero_grads:
+                raise ValueError(
+                    f"zero_grads=True leaves the other gradients of {label} as they are: it needs weights that are attached "
+                    "or tuned whole"
+                )
+            placed[p] = _full(p) if selection is None else selection.to(p.device)
+            if entries is not None:
+                continue
+            if placed[p].layout.parameter_shape != tuple(p.shape):
+                expected = list(placed[p].layout.parameter_shape)
+                raise ValueError(f"{label} has shape {list(p.shape)}, its selection is for {expected}")
+        group["checksums"] = [_checksum(selection) for selection in placed.values()]
+        super().add_param_group(group)
+        self._selections.update(placed)
+
+    def selections(self) -> dict[Tensor, WeightSelection]:
+        """The chosen entries of every parameter of this optimizer; all of them where it is tuned whole."""
+        return dict(self._selections)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of the chosen entries of every parameter that has a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or ``None``.
+
+        Raises:
+            ValueError: a sparse gradient, or a parameter that was put into ``param_groups`` by hand; nothing is changed
+                then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        calls: dict[tuple[Any, ...], list[tuple[nn.Parameter, dict[str, Any]]]] = {}
+        for group in self.param_groups:
+            shared = (*group["betas"], group["eps"], group["maximize"])
+            for p in group["params"]:
+                if p.grad is not None:
+                    if p.grad.is_sparse:
+                        raise ValueError("MaskedAdamW takes dense gradients, found a sparse one")
+                    if p not in self._selections:
+                        raise ValueError(f"a parameter of shape {list(p.shape)} is new: add it with add_param_group()")
+                    calls.setdefault((p.device, *shared), []).append((p, group))
+        for (device, beta1, beta2, eps, maximize), members in calls.items():
+            self._update(device, members, beta1, beta2, eps, maximize)
+        return loss
+
+    def _update(
+        self,
+        device: torch.device,
+        members: list[tuple[nn.Parameter, dict[str, Any]]],
+        beta1: float,
+        beta2: float,
+        eps: float,
+        maximize: bool,
+    ) -> None:
+        states = [self._state_of(p) for p, _ in members]
+        views = [self._view_of(p) for p, _ in members]
+        none = torch.empty(0, device=device)
+        grad_scale, found_inf = (
+            None if (value := getattr(self, name, None)) is None else value.to(device, torch.float32)
+            for name in ("grad_scale", "found_inf")
+        )
+        ops.masked_adamw_(
+            [view for view, _, _ in views],
+            [self._gradient_of(p) for p, _ in members],
+            [row_offsets for _, row_offsets, _ in views],
+            [columns for _, _, columns in views],
+            [
+                p if entries_of(p) is not None else state.get("master", none)
+                for (p, _), state in zip(members, states, strict=True)
+            ],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
+            self._learning_rates_of(device, [group for _, group in members]),
+            [float(group["weight_decay"]) for _, group in members],
+            float(beta1),
+            float(beta2),
+            float(eps),
+            bool(maximize),
+            grad_scale,
+            found_inf,
+            self._zero_grads,
+        )
+        for p, _ in members:
+            if (entries := entries_of(p)) is not None:
+                entries.mark_written()  # the kernel wrote the values into the weight as well
+
+    def _state_of(self, p: nn.Parameter) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[p]
+        if not state:
+            selection = self._selections[p]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"] = torch.zeros(selection.nnz, dtype=torch.float32, device=p.device)
+            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+        if p.dtype != torch.float32 and "master" not in state:  # also where the model was float32 until now
+            view, _, columns = self._view_of(p)
+            state["master"] = view[self._selections[p].rows(), columns.long()].float()
+        return state
+
+    def _view_of(self, p: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
+        """The memory that holds a parameter's values as a matrix, and the CSR of the chosen entries there."""
+        entries = entries_of(p)
+        held = p if entries is None else entries.weight
+        origin = (held.untyped_storage()._cdata, held.storage_offset(), held.dtype, held.stride())
+        found, views = self._views.get(p, (None, None))
+        if views is None or found != origin:
+            if entries is not None:
+                views = entries.memory()
+            else:
+                selection = self._selections[p].to(p.device)
+                if selection.layout.parameter_shape != tuple(p.shape):
+                    expected = list(selection.layout.parameter_shape)
+                    raise ValueError(f"a parameter of shape {expected} has shape {list(p.shape)} now: make a new optimizer")
+                view, position = selection.layout.writable_matrix(p)
+                columns = selection.columns if position is None else position[selection.columns.long()]
+                views = (view, selection.row_offsets, columns)
+            self._views[p] = (origin, views)
+        return views
+
+    def _gradient_of(self, p: nn.Parameter) -> Tensor:
+        """The gradient as a matrix whose columns are those of the parameter's view, or of the chosen entries only."""
+        grad = p.grad
+        assert grad is not None
+        if entries_of(p) is not None:
+            return grad
+        if p.dim() > 2 and grad.stride() != p.stride():
+            grad = torch.empty_like(p, dtype=grad.dtype).copy_(grad)  # one of the two is channels-last
+        return self._selections[p].layout.writable_matrix(grad)[0]
+
+    def _learning_rates_of(self, device: torch.device, groups: list[dict[str, Any]]) -> Tensor:
+        if any(group["capturable"] or isinstance(group["lr"], Tensor) for group in groups):
+            rates: dict[int, Tensor] = {}
+            for group in groups:
+                if id(group) not in rates:
+                    lr = group["lr"]
+                    rate = lr.detach() if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device=device)
+                    rates[id(group)] = rate.to(device, torch.float64).view(())
+            return torch.stack([rates[id(group)] for group in groups])
+        values = tuple(float(group["lr"]) for group in groups)
+        cached = self._learning_rates.get(device)
+        if cached is None or cached[0] != values:
+            cached = self._learning_rates[device] = (values, torch.tensor(values, dtype=torch.float64, device=device))
+        return cached[1]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state exactly; it must be of the same selection.
+
+        Raises:
+            ValueError: the state is of another selection or of other parameter groups, or lacks a part; nothing is loaded
+                then.
+        """
+        current = [group["checksums"] for group in self.param_groups]
+        saved = [group.get("checksums") for group in state_dict["param_groups"]]
+        if None in saved:
+            raise ValueError("the state is of another optimizer: it does not say which entries were chosen")
+        if len(current) == len(saved) and current != saved:
+            raise ValueError("the state is of another selection: its chosen entries are not those of this optimizer")
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        if len(ids) == len(params):
+            for i, p in zip(ids, params, strict=True):
+                _check_state(i, state_dict["state"].get(i), self._selections[p].nnz)
+        super().load_state_dict(state_dict)
+        # torch casts state to the dtype of the parameter; moments and masters of 16-bit weights are float32.
+        for i, p in zip(ids, params, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if key in _STATE:
+                    self.state[p][key] = value.detach().to(p.device, torch.float32, copy=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_views", {})
+        self.__dict__.setdefault("_learning_rates", {})
+        self.__dict__.setdefault("_zero_grads", False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_selections": self._selections}
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    lr, betas = options["lr"], options["betas"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr must hold one number, got shape {list(lr.shape)}")
+    elif not isinstance(lr, Real):
+        raise TypeError(f"lr must be a number or a tensor, got {lr!r}")
+    elif not float(lr) >= 0:
+        raise ValueError(f"lr must not be negative, got {lr}")
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"betas must be two numbers, got {betas!r}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must lie in [0, 1), got {betas}")
+    for name in ("eps", "weight_decay"):
+        if not options[name] >= 0:
+            raise ValueError(f"{name} must not be negative, got {options[name]}")
+
+
+def _check_parameter(label: str, p: Any) -> None:
+    if not isinstance(p, Tensor):
+        raise TypeError(f"{label} must be a tensor, got {type(p).__name__}")
+    if reason := unfit(p):
+        raise TypeError(f"{label} cannot be tuned: {reason}")
+    if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
+        raise ValueError(f"{label} is an expanded tensor, whose entries share memory: give it its own with .clone()")
+    try:
+        MatrixLayout(tuple(p.shape)).writable_matrix(p)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
+
+
+def _check_state(index: int, state: Mapping[str, Any] | None, nnz: int) -> None:
+    """A parameter without a gradient so far has no state; any other has all of it."""
+    if not state:
+        return
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        if not isinstance(state.get(key), Tensor):
+            raise ValueError(f"the state of parameter {index} lacks {key}")
+    for key in ("exp_avg", "exp_avg_sq", "master"):
+        if key in state and tuple(state[key].shape) != (nnz,):
+            raise ValueError(f"the state of parameter {index}: {key} has shape {list(state[key].shape)}, expected [{nnz}]")
+
+
+def _full(p: Tensor) -> WeightSelection:
+    """Every entry of a parameter that is tuned whole."""
+    layout = MatrixLayout(tuple(p.shape))
+    rows, columns = layout.shape
+    row_offsets = torch.arange(rows + 1, dtype=torch.int32, device=p.device) * columns
+    every = torch.arange(columns, dtype=torch.int32, device=p.device).repeat(rows)
+    return WeightSelection(layout, row_offsets, every)
+
+
+def _checksum(selection: WeightSelection) -> int:
+    if is_simulated(selection.columns):
+        return 0
+    first = zlib.crc32(selection.row_offsets.cpu().numpy().tobytes())
+    return zlib.crc32(selection.columns.cpu().numpy().tobytes(), first)

@@ -1,0 +1,33 @@
+"""Telling base models apart."""
+
+import hashlib
+
+import torch
+from torch import nn
+
+from fps_kernels.tuning.compact_values import entries_of
+from fps_kernels.weights.matrix import is_simulated
+
+_SAMPLED = 512  # entries of each parameter that are looked at
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What identifies a base model: names and shapes of its parameters, and a sample of their values as bfloat16.
+
+    At most 512 entries of each parameter are looked at, evenly spaced. A model that differs in no more than a few entries
+    may have the same fingerprint; two trained models never do. In float32 and bfloat16 a model has the same one.
+    """
+    digest = hashlib.sha256()
+    for name, p in own_parameters(model).items():
+        digest.update(f"{name} {list(p.shape)}\n".encode())
+        if p.is_floating_point() and p.numel() and not p.is_meta and not is_simulated(p):
+            n = min(_SAMPLED, p.numel())
+            places = torch.arange(n, device=p.device) * p.numel() // n
+            flat = p.detach().view(-1) if p.is_contiguous() else p.detach().reshape(-1)
+            digest.update(flat[places].to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's parameters by name, without the compact values of attached weights."""
+    return {name: p for name, p in model.named_parameters() if entries_of(p) is None}

@@ -1,0 +1,86 @@
+"""Every Triton kernel, exactly as the ops launch it, compiled for GPUs that need not be there.
+
+A process of its own: one that interprets Triton cannot compile.
+"""
+
+import re
+
+import pytest
+import torch
+import triton
+
+from kernel_lab import cases, compilation
+
+CASES = {case.name: case for case in cases.cases()}
+SHARED_LIMIT = 48 * 1024  # bytes that every target grants a program without asking; gfx942 has 64 KiB
+# Triton 3.9 packs sixteen truth values into 16 bits through two bytes of stack, where 3.8 used none; frames come by 8 bytes.
+STACK_LIMIT = 8
+# Tiles of both factors, several of each on their way while others are multiplied: what the target grants when asked.
+MULTIPLYING = {"_product"}
+# Kernels that stream a matrix; the others read a few partial sums or gather.
+STREAMING = {
+    "_partial_norms",
+    "_partial_conv_norms",
+    "_argmax",
+    "_select_in_registers",
+    "_select_by_passes",
+    "_histogram",
+    "_count_rows",
+    "_fill_rows",
+    "_product",
+}
+SCORING = STREAMING - {"_partial_norms", "_partial_conv_norms", "_product"}
+
+
+@pytest.mark.parametrize("target", list(compilation.TARGETS))
+@pytest.mark.parametrize("name", list(CASES))
+def test_compiles_well(name, target):
+    """No register spilled, little shared memory, and 16-byte loads wherever the input is contiguous and aligned."""
+    case = CASES[name]
+    launches = compilation.record(target, case.op, *case.arguments)
+    assert launches
+    for launch in launches:
+        needs = compilation.resources(launch)
+        assert needs.spilled == 0, launch.name
+        assert needs.stack <= STACK_LIMIT, launch.name
+        assert needs.shared <= (compilation.SHARED_LIMITS[target] if launch.name in MULTIPLYING else SHARED_LIMIT), (
+            launch.name
+        )
+        assert needs.registers <= 255, launch.name
+        # Two results in different orders must never meet: a mask would fall on other elements than its own.
+        assert needs.reorderings <= 1, launch.name
+        # A wavefront of 64 spreads a convolution's small tile so thin that a lane has less than 16 bytes of it.
+        if case.wide and launch.name in STREAMING and not (target == "gfx942" and launch.name == "_partial_conv_norms"):
+            assert needs.wide_loads, launch.name
+        if target != "gfx942":
+            check_arithmetic(launch.name, needs.assembly)
+
+
+def check_arithmetic(kernel: str, ptx: str) -> None:
+    """What exact agreement between backends rests on."""
+    float_atomics = re.findall(r"(?:atom|red)[\w.:]*\.f(?:16|32|64)|(?:atom|red)[\w.:]*\.bf16", ptx)
+    assert not float_atomics, f"{kernel} adds floats in an order of chance"
+    if kernel in SCORING:
+        assert ".ftz" not in ptx, f"{kernel} flushes small scores to zero"
+        assert "fma.rn.f32" not in ptx, f"{kernel} fuses the product of a score"
+        assert "mul.rn.f32" in ptx or "mul.f32" in ptx
+
+
+def test_every_kernel_is_covered_and_says_what_it_implements():
+    launched = {launch.name for case in CASES.values() for launch in compilation.record("sm_90", case.op, *case.arguments)}
+    documented = {
+        name
+        for family in compilation.FAMILIES
+        for name, value in vars(family).items()
+        if isinstance(value, triton.runtime.JITFunction) and "reference." in (value.fn.__doc__ or "")
+    }
+    assert launched == documented
+
+
+def test_a_pass_over_many_tensors_is_one_launch():
+    weights = cases.vit_weights(12, 768, torch.bfloat16)
+    factors = [cases.tensor(1, W.shape[1]) for W in weights]
+    names = [launch.name for launch in compilation.record("sm_90", cases.backend.score_kth, weights, factors, 1000)]
+    assert names == ["_histogram", "_choose_digit"] * 3 + ["_counts"]
+    step = CASES["masked_adamw ViT-B/16, 1 %, fp32, dense gradients"]
+    assert [launch.name for launch in compilation.record("sm_90", step.op, *step.arguments)] == ["_masked_adamw"]

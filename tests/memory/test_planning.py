@@ -1,0 +1,101 @@
+"""``fps.memory.plan``: what it foretells is what really running takes."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fps_kernels as fps
+from fps_kernels.memory import measure
+from fps_kernels.memory.planning import METHODS, _with_lora
+from tests.support.models import Classifier
+
+NAME, BATCH = "vit_tiny_patch16_224", 4
+
+
+def really(method: str, dtype: torch.dtype) -> int:
+    """Peak bytes of running it."""
+    model = timm.create_model(NAME, depth=4).to(dtype)
+    x, y = torch.randn(BATCH, 3, 224, 224, dtype=dtype), torch.randint(1000, (BATCH,))
+    if method == "forward":
+        with torch.no_grad():
+            return measure(lambda: model(x), existing=[model, x, y]).peak
+    if method == "FPS":
+        run = lambda: fps.select(model, [x], budget=fps.PerNeuron(4), micro_batch=1, progress=False)  # noqa: E731
+        return measure(run, existing=[model, x, y]).peak
+    if method == "GPS":
+        run = lambda: fps.gps_select(model, [(x, y)], loss="cross_entropy", budget=fps.PerNeuron(4), progress=False)  # noqa: E731
+        return measure(run, existing=[model, x, y]).peak
+    if method == "attach":
+        tuner = fps.attach(model, fps.select(model, [x], budget=fps.PerNeuron(4), progress=False))
+        optimizer = fps.MaskedAdamW(tuner)
+    else:
+        model = _with_lora(model) if method == "LoRA" else model
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
+
+    def steps() -> None:
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x).float(), y).backward()
+            optimizer.step()
+
+    return measure(steps, existing=[model, x, y]).peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_within_five_percent_of_reality(dtype):
+    pytest.importorskip("peft")
+
+    def shallow() -> nn.Module:
+        return timm.create_model(NAME, depth=4)
+
+    planned = fps.memory.plan(shallow, BATCH, dtype=dtype, input_size=(3, 224, 224))
+    assert [cost.method for cost in planned.costs] == list(METHODS)
+    for cost in planned.costs:
+        assert cost.peak == pytest.approx(really(cost.method, dtype), rel=0.05), cost.method
+        parts = cost.weights + cost.activations + cost.gradients + cost.optimizer
+        assert cost.peak <= 1.6 * parts
+    assert planned["attach"].gradients < planned["full"].gradients / 5
+    assert planned["attach"].optimizer < planned["full"].optimizer / 3
+
+
+def test_largest_batch_is_the_last_that_fits():
+    memory = 60 * 2**20
+    planned = fps.memory.plan(NAME, 2, memory=memory, methods=("forward", "full", "attach"))
+    for method in ("forward", "attach"):
+        largest = planned[method].largest_batch
+        assert largest > 0
+        assert fps.memory.plan(NAME, largest, methods=[method])[method].peak <= memory
+        assert fps.memory.plan(NAME, largest + 1, methods=[method])[method].peak > memory
+    assert planned["full"].largest_batch == 0
+    text = str(planned)
+    assert "largest batch in 60.0 MiB" in text
+    assert text.splitlines()[0] == f"{NAME}, batch 2, float32"
+
+
+def test_own_models_and_forwards():
+    planned = fps.memory.plan(
+        Classifier, 3, input_size=(3, 8, 8), forward=lambda model, x: model(x), methods=["FPS", "attach"], memory=10**9
+    )
+    assert planned.model == "Classifier"
+    assert planned["FPS"].largest_batch is None
+    with pytest.raises(KeyError):
+        planned["full"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"dtype": torch.float64}, "dtype must be"),
+        ({"memory": 0}, "memory must be"),
+        ({"k": 0}, "k must be"),
+        ({"methods": ["QLoRA"]}, "methods must be of forward, FPS"),
+        ({"model": "vit_gigantic"}, "timm has no model 'vit_gigantic'"),
+        ({"model": Classifier}, "input_size is needed"),
+    ],
+)
+def test_bad_input(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        fps.memory.plan(**({"model": NAME, "batch_size": 1} | arguments))
