@@ -21,6 +21,7 @@ demo: $(SETUP)
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 # Triton decides when a kernel is decorated whether it is interpreted, hence a process of its own for that lane.

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import fps_kernels as fps
 from benchmarks.measuring import alternate, ratio, save, table
-from fps_kernels.deltas.delta import Delta, delta_of
+from fps_kernels.deltas.delta import Delta
+from fps_kernels.deltas.making import delta_of
 
 
 def tuned(model: nn.Module, budget: fps.PerNeuron | fps.Global) -> Delta:

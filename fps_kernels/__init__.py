@@ -9,16 +9,20 @@ from fps_kernels import memory
 from fps_kernels._version import __version__ as __version__
 from fps_kernels.choosing import gps
 from fps_kernels.choosing.budgets import Global, LikeLoRA, PerNeuron, PerTensor
-from fps_kernels.choosing.calibration import ActivationStats, calibrate
+from fps_kernels.choosing.calibration import calibrate
 from fps_kernels.choosing.drop_in import column_norm, score_topk
 from fps_kernels.choosing.gps import gps_select
 from fps_kernels.choosing.scorers import FPS, GrowthDriven, Magnitude, Random, Wanda
 from fps_kernels.choosing.select import select
-from fps_kernels.deltas.delta import Delta, diff, load_delta, merge, save_delta
+from fps_kernels.choosing.statistics import ActivationStats
+from fps_kernels.deltas.delta import Delta
+from fps_kernels.deltas.making import diff, load_delta, save_delta
+from fps_kernels.deltas.merging import merge
 from fps_kernels.ops import BackendUnavailableError, backend_for, use_backend
 from fps_kernels.selection import Selection, WeightSelection
-from fps_kernels.tuning.attaching import Tuner, attach
+from fps_kernels.tuning.attaching import attach
 from fps_kernels.tuning.masked_adamw import MaskedAdamW, masked_parameters
+from fps_kernels.tuning.tuner import Tuner
 
 __all__ = [
     "FPS",

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -218,6 +219,12 @@ class Global:
 
 
 Budget = PerNeuron | PerTensor | LikeLoRA | Global
+
+
+def check_budget(budget: Any) -> None:
+    """Refuse what is no budget."""
+    if not isinstance(budget, Budget):
+        raise TypeError(f"budget must be PerNeuron, PerTensor, LikeLoRA or Global, got {budget!r}")
 
 
 def _choose_best(weights: list[ScoredWeight], count: int) -> dict[str, WeightSelection]:

@@ -4,7 +4,6 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from fps_kernels.weights.matrix import is_simulated, unfit
-from fps_kernels.weights.offloading import offloaded_parameters
+from fps_kernels.weights.matrix import unfit
+from fps_kernels.weights.survey import Survey
 from fps_kernels.weights.watching import WeightInterception, WeightUse
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -21,41 +20,6 @@ Forward = Callable[[nn.Module, Any], Any]
 
 class UnsupportedInputError(TypeError):
     """The input of a weight has a dtype that has no column norm."""
-
-
-@dataclass
-class ForwardPass:
-    """What a forward pass showed about the parameters that no supported function took as its weight.
-
-    Attributes:
-        other_uses: where else a parameter went, by name.
-        scripted: names of the parameters of TorchScript modules, whose multiplications nobody sees.
-    """
-
-    other_uses: dict[str, str]
-    scripted: frozenset[str]
-
-    def reason_unused(self, name: str, parameter: Tensor) -> str:
-        """Why a parameter has no statistics."""
-        if reason := unfit(parameter):
-            return reason
-        if name in self.other_uses:
-            return f"it reached {self.other_uses[name]}, and was never the weight of F.linear, F.conv2d or torch.addmm"
-        if name in self.scripted:
-            return "it belongs to a TorchScript module, which hides its multiplications: use the module it was made from"
-        return "it was never used in the forward pass"
-
-
-def matrix_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter with two or more dimensions, by its first name."""
-    return {name: p for name, p in model.named_parameters() if p.dim() >= 2}
-
-
-def scripted_parameters(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters of TorchScript modules."""
-    scripted = [path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
-    prefixes = tuple(f"{path}." if path else "" for path in scripted)
-    return frozenset(name for name, _ in model.named_parameters() if name.startswith(prefixes))
 
 
 @contextmanager
@@ -95,7 +59,7 @@ def batches_of(data: Iterable[Any], what: str, progress: bool | None) -> Iterato
 
 
 def run_forward(
-    model: nn.Module,
+    survey: Survey,
     data: Iterable[Any],
     on_use: Callable[[WeightUse], None],
     *,
@@ -103,37 +67,31 @@ def run_forward(
     micro_batch: int | None,
     max_batches: int | None,
     progress: bool | None,
-) -> ForwardPass:
-    """Feed the data through the model without gradients, with every use of a weight reported to ``on_use``."""
+) -> dict[str, str]:
+    """Feed the data through the model without gradients, with every use of a weight reported to ``on_use``.
+
+    Returns:
+        Where else weights went, by name.
+    """
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, got {max_batches}")
-    check_has_values(model)
-    parameters = {name: p for name, p in matrix_parameters(model).items() if unfit(p) is None}
-    feed = forward or default_forward
-    interception = WeightInterception(parameters, on_use, offloaded_parameters(model))
+    survey.check_has_values()
+    model, feed = survey.model, forward or default_forward
+    parameters = {name: p for name, p in survey.matrices.items() if unfit(p) is None}
+    interception = WeightInterception(parameters, on_use, survey.offloaded)
     with evaluation_mode(model), torch.no_grad(), uncompiled():
         for index, batch in enumerate(itertools.islice(batches_of(data, "calibrate", progress), max_batches)):
-            for piece in split_batch(to_device(batch, model_device(model)), micro_batch):
+            for piece in split_batch(to_device(batch, survey.device), micro_batch):
                 with interception, explained(index, piece):
                     feed(model, piece)
-    return ForwardPass(interception.other_uses, scripted_parameters(model))
+    return interception.other_uses
 
 
 def uncompiled() -> Any:
     """Inside, compiled models run as they were written: compiled, they would hide their multiplications."""
     return torch.compiler.set_stance("force_eager")
-
-
-def check_has_values(model: nn.Module) -> None:
-    """Refuse models whose parameters have no shape yet, or lie on the meta device and are not brought in when needed."""
-    offloaded = offloaded_parameters(model)
-    for name, p in model.named_parameters():
-        if isinstance(p, nn.parameter.UninitializedParameter):
-            raise ValueError(f"{name} has no shape yet: run the model once, so that its lazy modules are initialised")
-        if p.is_meta and not is_simulated(p) and name not in offloaded:
-            raise ValueError(f"{name} is on the meta device and has no values: load the weights first")
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
@@ -145,12 +103,6 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
             raise ValueError("an empty tuple holds no input")
         return model(batch[0])
     return model(batch)
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """The device of the first parameter that is there, where inputs go."""
-    first = next((p for p in model.parameters() if not p.is_meta), None)
-    return first.device if first is not None else torch.device("cpu")
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:

@@ -14,25 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fps_kernels.choosing.budgets import Budget, PerNeuron, ScoredWeight
-from fps_kernels.choosing.calibration import tied_names
+from fps_kernels.choosing.best_entries import best_entries
+from fps_kernels.choosing.budgets import Budget, PerNeuron, ScoredWeight, check_budget
+from fps_kernels.choosing.candidates import eligible_weights
 from fps_kernels.choosing.feeding import (
-    ForwardPass,
     batches_of,
-    check_has_values,
     default_forward,
     evaluation_mode,
     explained,
-    model_device,
-    scripted_parameters,
     split_batch,
     to_device,
     uncompiled,
 )
-from fps_kernels.choosing.select import best_entries, check_budget, eligible_weights
 from fps_kernels.selection import Selection
 from fps_kernels.weights.matrix import MatrixLayout
 from fps_kernels.weights.roles import Patterns, classifier_modules
+from fps_kernels.weights.survey import Survey
 from fps_kernels.weights.watching import WeightInterception, WeightUse
 
 Loss = Literal["contrastive", "cross_entropy"] | Callable[[Any, Any], Tensor]
@@ -151,8 +148,9 @@ def gps_select(
         raise ValueError("GPS needs gradients: call it outside torch.inference_mode")
     budget = PerNeuron(1) if budget is None else budget
     check_budget(budget)
-    check_has_values(model)
-    eligible, dense_names, skipped = eligible_weights(model, include, exclude, dense)
+    survey = Survey.of(model)
+    survey.check_has_values()
+    eligible, dense_names, skipped = eligible_weights(survey, include, exclude, dense)
     layouts: dict[str, MatrixLayout] = {}
 
     def note_layout(use: WeightUse) -> None:
@@ -162,14 +160,13 @@ def gps_select(
     feed = forward or default_forward
     with evaluation_mode(model), _only_gradients_of(model, eligible), uncompiled():
         for index, batch in enumerate(batches_of(data, "gps", progress)):
-            inputs, target = _inputs_and_target(to_device(batch, model_device(model)))
+            inputs, target = _inputs_and_target(to_device(batch, survey.device))
             with explained(index, batch), watch:
                 if loss == "contrastive":
                     _backward_contrastive(model, inputs, target, feed, views, temperature, micro_batch)
                 else:
                     function = F.cross_entropy if isinstance(loss, str) else loss
                     _backward_loss(model, inputs, target, feed, function, micro_batch)
-        seen = ForwardPass(watch.other_uses, scripted_parameters(model))
         scored = []
         for name, p in eligible.items():
             if name in layouts and p.grad is not None:
@@ -177,12 +174,12 @@ def gps_select(
                 ones = torch.ones(1, layouts[name].shape[1], device=p.device)
                 scored.append(ScoredWeight(name, layouts[name], p.grad, ones))
             else:
-                skipped[name] = seen.reason_unused(name, p)
+                skipped[name] = survey.reason_unused(name, p, watch.other_uses)
         if not scored:
             raise ValueError("no weight is left to choose from: none got a gradient")
         chosen = best_entries(scored, budget, "gradient")
     description = {"scorer": f"GPS(loss={loss if isinstance(loss, str) else 'custom'})", "budget": repr(budget)}
-    return Selection(chosen, dense_names, skipped, tied_names(model), description)
+    return Selection(chosen, dense_names, skipped, dict(survey.tied), description)
 
 
 def _inputs_and_target(batch: Any) -> tuple[Any, Tensor]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fps_kernels.choosing.calibration import ActivationStats
+from fps_kernels.choosing.statistics import ActivationStats
 
 
 class ColumnScorer(ABC):

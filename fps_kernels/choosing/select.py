@@ -5,16 +5,20 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fps_kernels.choosing.budgets import Budget, Global, PerNeuron, ScoredWeight
-from fps_kernels.choosing.calibration import ActivationStats, calibrate
-from fps_kernels.choosing.feeding import Forward, check_has_values, matrix_parameters
+from fps_kernels.choosing.best_entries import best_entries
+from fps_kernels.choosing.budgets import Budget, Global, PerNeuron, ScoredWeight, check_budget
+from fps_kernels.choosing.calibration import calibrate
+from fps_kernels.choosing.candidates import eligible_weights, usable_layouts
+from fps_kernels.choosing.feeding import Forward
 from fps_kernels.choosing.scorers import FPS, ColumnScorer, Random, Scorer
+from fps_kernels.choosing.statistics import ActivationStats
 from fps_kernels.selection import Selection, WeightSelection
-from fps_kernels.weights.matrix import MatrixLayout, is_simulated, unfit
-from fps_kernels.weights.offloading import brought_in, offloaded_parameters
-from fps_kernels.weights.roles import Patterns, as_patterns, default_dense, matching
+from fps_kernels.weights.matrix import MatrixLayout
+from fps_kernels.weights.offloading import brought_in
+from fps_kernels.weights.roles import Patterns
+from fps_kernels.weights.survey import Survey
 
 
 def select(
@@ -72,13 +76,14 @@ def select(
         raise TypeError(f"stats must be ActivationStats, as from fps.calibrate(), got {type(stats).__name__}")
     if (data is None) == (stats is None):
         raise ValueError("give either data or stats" + (", not both" if data is not None else ""))
-    check_has_values(model)
+    survey = Survey.of(model)
+    survey.check_has_values()
     # Patterns are checked before the pass, which may take long.
-    eligible, dense_names, skipped = eligible_weights(model, include, exclude, dense)
+    eligible, dense_names, skipped = eligible_weights(survey, include, exclude, dense)
     if stats is None:
         assert data is not None
         stats = calibrate(
-            model,
+            survey,
             data,
             ord=1 if scorer.ord is None else scorer.ord,
             forward=forward,
@@ -91,7 +96,7 @@ def select(
     layouts = usable_layouts(eligible, stats, skipped)
     for name, layout in layouts.items():
         budget.check(name, layout)
-    offloaded = offloaded_parameters(model)
+    offloaded = survey.offloaded
     if isinstance(scorer, Random):
         chosen = budget.draw(layouts, torch.Generator().manual_seed(scorer.seed))
         chosen = {name: w if name in offloaded else w.to(eligible[name].device) for name, w in chosen.items()}
@@ -106,7 +111,8 @@ def select(
         }
     else:
         factors = {name: scorer.factors(stats, name).to(eligible[name].device, torch.float32) for name in layouts}
-        chosen = choose(eligible, layouts, budget, factors)
+        scored = [ScoredWeight(n, layout, eligible[n].detach(), factors[n]) for n, layout in layouts.items()]
+        chosen = best_entries(scored, budget)
     description = {"scorer": repr(scorer), "budget": repr(budget)}
     return Selection(chosen, dense_names, skipped, dict(stats.tied), description)
 
@@ -125,121 +131,3 @@ def _choose_one(
         factors = scorer.factors(stats, name).to(values.device, torch.float32)
         chosen = best_entries([ScoredWeight(name, layout, values, factors)], budget)[name]
         return chosen if owner is None else chosen.to("cpu")
-
-
-def check_budget(budget: Any) -> None:
-    """Refuse what is no budget."""
-    if not isinstance(budget, Budget):
-        raise TypeError(f"budget must be PerNeuron, PerTensor, LikeLoRA or Global, got {budget!r}")
-
-
-def eligible_weights(
-    model: nn.Module, include: Patterns | None, exclude: Patterns | None, dense: Patterns | None
-) -> tuple[dict[str, nn.Parameter], tuple[str, ...], dict[str, str]]:
-    """Split a model's parameters: weights to choose from, names to train whole, and reasons for the rest.
-
-    Raises:
-        ValueError: a pattern that matches nothing.
-        TypeError: an ``include`` of weights that are not floating-point.
-    """
-    every = dict(model.named_parameters())
-    matrices = matrix_parameters(model)
-    wanted = as_patterns(include, "include")
-    included = set(matching(wanted, matrices, "include", "matrix weights")) if include is not None else set(matrices)
-    excluded = set(matching(as_patterns(exclude, "exclude"), every, "exclude", "parameters"))
-    if dense is None:
-        # A weight that include names in full is chosen from, even if the protocol would train it whole.
-        whole = tuple(n for n in default_dense(model) if n not in excluded and n not in wanted)
-    else:
-        whole = tuple(matching(as_patterns(dense, "dense"), every, "dense", "parameters"))
-        if clash := [n for n in whole if n in excluded]:
-            raise ValueError(f"{clash[0]} matches both dense and exclude")
-    for name in whole:
-        if reason := unfit(every[name]):
-            raise TypeError(f"{name} cannot be trained whole: {reason}")
-    eligible, skipped = {}, {}
-    for name, p in matrices.items():
-        if name in whole:
-            skipped[name] = "trained whole"
-        elif name in excluded:
-            skipped[name] = "excluded"
-        elif name not in included:
-            skipped[name] = "not included"
-        elif reason := unfit(p):
-            if include is not None:
-                raise TypeError(f"{name} cannot be tuned: {reason}")
-            skipped[name] = reason
-        elif p.numel() == 0:
-            skipped[name] = "it has no entries"
-        else:
-            eligible[name] = p
-    return eligible, whole, skipped
-
-
-def usable_layouts(
-    eligible: dict[str, nn.Parameter], stats: ActivationStats, skipped: dict[str, str]
-) -> dict[str, MatrixLayout]:
-    """Layouts of the eligible weights that have statistics; reasons for the others go to ``skipped``.
-
-    Raises:
-        ValueError: statistics of another model, or no weight left.
-    """
-    layouts = {}
-    for name, p in eligible.items():
-        if name in stats:
-            layout = stats[name].layout
-            if layout.parameter_shape != tuple(p.shape):
-                raise ValueError(
-                    f"stats are of another model: {name} has shape {list(p.shape)} here, "
-                    f"{list(layout.parameter_shape)} in the statistics"
-                )
-            layouts[name] = layout
-        elif name in stats.unused:
-            skipped[name] = stats.unused[name]
-        else:
-            raise ValueError(f"stats are of another model: they do not mention {name}")
-    if not layouts:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
-        raise ValueError(f"no weight is left to choose from ({reasons or 'the model has no matrix weights'})")
-    return layouts
-
-
-def choose(
-    parameters: dict[str, nn.Parameter], layouts: dict[str, MatrixLayout], budget: Budget, factors: dict[str, Tensor]
-) -> dict[str, WeightSelection]:
-    """The best entries within the budget, by ``|w_ij| * c_j``; ``factors`` are float32 ``[G, C]`` on the weights' devices.
-
-    Raises:
-        ValueError: a score that is NaN or infinite, with the name of its weight.
-    """
-    scored = [ScoredWeight(name, layout, parameters[name].detach(), factors[name]) for name, layout in layouts.items()]
-    return best_entries(scored, budget)
-
-
-def best_entries(scored: list[ScoredWeight], budget: Budget, what: str = "weight") -> dict[str, WeightSelection]:
-    """The best entries within the budget, by ``|matrix| * factors``; ``what`` names the matrix in errors.
-
-    Raises:
-        ValueError: a score that is NaN or infinite, with the name of its weight.
-    """
-    chosen: dict[str, WeightSelection] = {}
-    largest: dict[str, Tensor] = {}
-    # Weights that do not compete go one by one, so that each is still in the cache when its choice is looked at.
-    for group in [scored] if isinstance(budget, Global) else [[w] for w in scored]:
-        chosen |= budget.choose(group)
-        for w in group:
-            if chosen[w.name].nnz and not is_simulated(w.values):
-                largest[w.name] = _largest_score(w, chosen[w.name])
-    # NaN and infinity rank first, so that any in a weight that was chosen from is among the chosen.
-    if largest and not all(torch.stack([score.cpu() for score in largest.values()]).isfinite().tolist()):
-        bad = next(w for w in scored if w.name in largest and not largest[w.name].isfinite())
-        culprit = f"the {what}, or an overflow of |{what}| * factor" if bad.factors.isfinite().all() else "its factors"
-        raise ValueError(f"the scores of {bad.name} contain NaN or Inf: check {culprit}")
-    return chosen
-
-
-def _largest_score(w: ScoredWeight, entries: WeightSelection) -> Tensor:
-    rows, columns = entries.rows(), entries.columns.long()
-    groups = w.factors.shape[0]
-    factors = w.factors[0, columns] if groups == 1 else w.factors[rows // (w.layout.shape[0] // groups), columns]
-    return (w.matrix[rows, columns].float() * factors).abs_().amax()

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from fps_kernels.cli.config import Config
 from fps_kernels.cli.options import Json, Precision
 from fps_kernels.cli.output import print_json, print_table
-from fps_kernels.deltas.delta import FORMAT as DELTA
 from fps_kernels.deltas.delta import Delta
+from fps_kernels.deltas.file_format import FORMAT as DELTA
 from fps_kernels.runs.progress import note
 from fps_kernels.selection import Selection
 from fps_kernels.storage.atomic import check_writable, replaced_at_once

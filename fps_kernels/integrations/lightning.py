@@ -7,9 +7,10 @@ from typing import Any
 import lightning
 from torch import nn
 
-from fps_kernels.deltas.delta import save_delta
+from fps_kernels.deltas.making import save_delta
 from fps_kernels.selection import Selection
-from fps_kernels.tuning.attaching import Tuner, attach
+from fps_kernels.tuning.attaching import attach
+from fps_kernels.tuning.tuner import Tuner
 
 
 class TuneSelected(lightning.Callback):  # type: ignore[misc]

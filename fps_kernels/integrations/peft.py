@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fps_kernels import ops
+from fps_kernels.choosing.best_entries import best_entries
 from fps_kernels.choosing.budgets import LikeLoRA, ScoredWeight
-from fps_kernels.choosing.calibration import ActivationStats, calibrate
+from fps_kernels.choosing.calibration import calibrate
 from fps_kernels.choosing.scorers import FPS, ColumnScorer
-from fps_kernels.choosing.select import best_entries
+from fps_kernels.choosing.statistics import ActivationStats
 from fps_kernels.deltas.delta import Delta
 from fps_kernels.selection import Selection, WeightSelection
 from fps_kernels.weights.fingerprint import fingerprint

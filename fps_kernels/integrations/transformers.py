@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fps_kernels.deltas.delta import save_delta
-from fps_kernels.tuning.attaching import Tuner
+from fps_kernels.deltas.making import save_delta
 from fps_kernels.tuning.masked_adamw import MaskedAdamW
+from fps_kernels.tuning.tuner import Tuner
 
 DELTA_FILE = "delta.safetensors"
 

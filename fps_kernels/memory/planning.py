@@ -18,6 +18,7 @@ from fps_kernels.memory.measuring import format_bytes, measure, simulated
 from fps_kernels.tuning.attaching import attach
 from fps_kernels.tuning.masked_adamw import MaskedAdamW
 from fps_kernels.weights.roles import classifier_modules, default_dense
+from fps_kernels.weights.survey import Survey
 
 METHODS = ("forward", "FPS", "GPS", "full", "LoRA", "attach")
 MEANINGS = {
@@ -245,7 +246,7 @@ def _with_lora(model: nn.Module) -> nn.Module:
     targets = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not name.startswith(heads)
     ]
-    dense = default_dense(model)
+    dense = default_dense(Survey.of(model))
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets, modules_to_save=list(heads))
     trained = [p for name, p in model.named_parameters() if name in dense]
     wrapped: nn.Module = peft.get_peft_model(model, config)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fps_kernels.choosing.budgets import Budget, Global, PerNeuron, PerTensor
-from fps_kernels.choosing.calibration import ActivationStats, calibrate
+from fps_kernels.choosing.calibration import calibrate
 from fps_kernels.choosing.scorers import FPS, GrowthDriven, Magnitude, Random, Scorer, Wanda
 from fps_kernels.choosing.select import select
+from fps_kernels.choosing.statistics import ActivationStats
 from fps_kernels.memory import measure
 from fps_kernels.runs.images import ImageSet, Reading, as_seen_by, sample, training_images
 from fps_kernels.runs.models import Loaded

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fps_kernels.deltas.delta import save_delta
+from fps_kernels.deltas.making import save_delta
 from fps_kernels.memory import format_bytes
 from fps_kernels.runs.choice import Choice, choose
 from fps_kernels.runs.folder import RunFolder, read_metrics

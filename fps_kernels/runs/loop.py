@@ -18,8 +18,8 @@ from fps_kernels.runs.images import ImageSet, Order, Reading, as_seen_by, in_ord
 from fps_kernels.runs.models import Loaded
 from fps_kernels.runs.random_state import random_state, restore_random_state, seed_everything
 from fps_kernels.runs.stopping import InterruptedRunError, StopSignal
-from fps_kernels.tuning.attaching import Tuner
 from fps_kernels.tuning.masked_adamw import MaskedAdamW
+from fps_kernels.tuning.tuner import Tuner
 
 
 @dataclass(frozen=True)

@@ -196,8 +196,7 @@ def entries_of(parameter: Tensor) -> SelectedEntries | None:
 
 def _numbered(selection: WeightSelection) -> tuple[Tensor | None, Tensor]:
     """The columns (input channels) that carry entries, and the column of each entry counted among them."""
-    shape = selection.layout.parameter_shape
-    kernel = shape[2] * shape[3] if len(shape) == 4 else 1
+    kernel = selection.layout.columns_per_channel
     if is_simulated(selection.columns):
         return None, selection.columns
     with unset_fake_temporarily():  # the indices of a simulated weight are real: what is kept for backward depends on them

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from fps_kernels import ops
 from fps_kernels.selection import Selection, WeightSelection
-from fps_kernels.tuning.attaching import Tuner
 from fps_kernels.tuning.compact_values import entries_of
+from fps_kernels.tuning.tuner import Tuner
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated, unfit
 
 _STATE = ("step", "exp_avg", "exp_avg_sq", "master")

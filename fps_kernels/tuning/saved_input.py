@@ -22,18 +22,20 @@ Restore = Callable[..., Tensor]
 Kept = tuple[tuple[Tensor, ...], Restore]
 
 
-def keep(x: Tensor, channels: Tensor | None, dim: int, dtype: torch.dtype) -> Kept:
+def keep(x: Tensor, channels: Tensor | None, dim: int | None, dtype: torch.dtype) -> Kept:
     """Tensors to save, and the function that makes the needed part of ``x`` of them.
 
     Args:
-        x: the input of a linear map or a convolution.
+        x: what a weight multiplies, or the numbers of its rows that are looked up.
         channels: int32 indices along ``dim`` that are needed, ``None`` for all.
-        dim: the dimension of the columns: the last, or 1 for a convolution.
+        dim: the dimension of the channels; ``None`` where all of ``x`` is needed.
         dtype: what the layer computes in; the part is kept in that dtype.
 
     Returns:
         The tensors, and ``restore(*tensors)``.
     """
+    if not x.is_floating_point():
+        return (x,), _itself
     if (found := _recomputed(x, channels, dim, dtype)) is not None:
         return found
     if channels is not None and x.dtype == dtype and is_kept_anyway(x):
@@ -41,9 +43,9 @@ def keep(x: Tensor, channels: Tensor | None, dim: int, dtype: torch.dtype) -> Ke
     return (take(x.detach(), channels, dim).to(dtype),), _itself
 
 
-def take(x: Tensor, channels: Tensor | None, dim: int) -> Tensor:
+def take(x: Tensor, channels: Tensor | None, dim: int | None) -> Tensor:
     """``x.index_select(dim, channels)``; along the last dimension of rows, which torch does several times faster."""
-    if channels is None:
+    if channels is None or dim is None:
         return x
     if dim != x.dim() - 1 or x.dim() <= 2:
         return x.index_select(dim, channels)
@@ -68,7 +70,7 @@ def _hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-def _recomputed(x: Tensor, channels: Tensor | None, dim: int, dtype: torch.dtype) -> Kept | None:
+def _recomputed(x: Tensor, channels: Tensor | None, dim: int | None, dtype: torch.dtype) -> Kept | None:
     node = x.grad_fn
     if node is None or _hooked() or x._version:
         return None  # changed in place where autograd does not look: it is not what the node made any more

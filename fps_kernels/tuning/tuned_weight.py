@@ -15,16 +15,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import resolve_name
 
 from fps_kernels.tuning.compact_values import SelectedEntries
-from fps_kernels.tuning.gradient_nodes import with_embedding_gradient, with_sampled_gradient, without_gradient
-from fps_kernels.weights.watching import convolution_geometry, opened_attention
+from fps_kernels.tuning.gradient_nodes import with_sampled_gradient, without_gradient
+from fps_kernels.weights.attention import opened_attention
+from fps_kernels.weights.kinds import READERS, Call, WeightKind
+from fps_kernels.weights.kinds.linear import LINEAR
 
 
 class TunedWeight(nn.Parameter):
     """A weight that :func:`fps_kernels.attach` attached, or a part of one.
 
-    ``F.linear``, ``F.conv2d``, ``F.multi_head_attention_forward``, ``torch.addmm`` and ``F.embedding`` give gradients to its
-    chosen entries. Any other function computes what it always did; a gradient that flows back to it is an error, so
-    that none is lost in silence.
+    The functions that the :mod:`~fps_kernels.weights.kinds` read, and attention, give gradients to its chosen entries. Any
+    other function computes what it always did; a gradient that flows back to it is an error, so that none is lost in
+    silence.
 
     Attributes:
         entries: the chosen entries and their values.
@@ -90,54 +92,53 @@ def _wants_gradient(weight: TunedWeight) -> bool:
     return torch.is_grad_enabled() and entries.values.requires_grad
 
 
-def _is_matrix(weight: Any) -> bool:
-    """Whether this is an attached weight as ``[O, C]``, rather than ``[C, O]``."""
-    return isinstance(weight, TunedWeight) and weight.transposed == weight.entries.layout.transposed
-
-
 # ------------------------------------------------------------------------------------------------ multiplications
 
 
-def _multiplied(y: Tensor, x: Tensor, weight: TunedWeight, rows: tuple[int, int] | None) -> Tensor:
+def _multiply(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function that some kind of weight multiplies by: its result with a gradient for the weight's chosen entries."""
+    call = READERS[func](*args, **kwargs)
+    if call is None or not _serves(call):
+        return _elsewhere(func, *args, **kwargs)
+    wanted = _wants_gradient(call.weight)
+    y = func(*args, **kwargs)
+    return _multiplied(y, call.input, call.weight, call.kind, call.weight.rows) if wanted else y
+
+
+def _serves(call: Call) -> bool:
+    weight = call.weight
+    if not isinstance(weight, TunedWeight) or any(isinstance(other, TunedWeight) for other in (call.input, *call.others)):
+        return False
+    if weight.rows is not None and call.kind.groups > 1:  # some rows of a grouped weight multiply other channels
+        return False
+    return call.transposed == (weight.transposed != weight.entries.layout.transposed)
+
+
+def _multiplied(y: Tensor, x: Tensor, weight: TunedWeight, kind: WeightKind, rows: tuple[int, int] | None) -> Tensor:
     entries = weight.entries
     values: Tensor = entries.values
-    row_offsets, columns = entries.row_offsets, entries.columns
+    row_offsets, columns, channels = entries.row_offsets, entries.columns, entries.distinct
+    if kind.channel_dim(x) is None:
+        columns, channels = entries.selection.columns, None
     if rows is not None:
         first, last = rows
         begin, end = entries.begin_of(first), entries.begin_of(last)
         values, columns = values[begin:end], columns[begin:end]
         row_offsets = row_offsets[first : last + 1] - begin
-    return with_sampled_gradient(y, x, values, row_offsets, columns, entries.distinct, None)
-
-
-def _linear(func: Any, input: Tensor, weight: Any, bias: Any = None) -> Any:
-    if not _is_matrix(weight) or isinstance(input, TunedWeight) or isinstance(bias, TunedWeight):
-        return _elsewhere(func, input, weight, bias)
-    wanted = _wants_gradient(weight)
-    y = func(input, weight, bias)
-    return _multiplied(y, input, weight, weight.rows) if wanted else y
-
-
-def _addmm(func: Any, input: Tensor, mat1: Tensor, mat2: Any, *, beta: Any = 1, alpha: Any = 1, **options: Any) -> Any:
-    known = isinstance(mat2, TunedWeight) and mat2.rows is None and not _is_matrix(mat2) and alpha == 1 and not options
-    if not known or isinstance(mat1, TunedWeight) or isinstance(input, TunedWeight):
-        return _elsewhere(func, input, mat1, mat2, beta=beta, alpha=alpha, **options)
-    wanted = _wants_gradient(mat2)
-    y = func(input, mat1, mat2, beta=beta, alpha=alpha)
-    return _multiplied(y, mat1, mat2, None) if wanted else y
+    return with_sampled_gradient(y, x, values, row_offsets, columns, channels, kind)
 
 
 def _projection(input: Tensor, weight: Any, bias: Any = None) -> Any:
     """``F.linear`` inside attention. A compiler lets no override lead to another one: this leads to it directly."""
     if torch.compiler.is_compiling():
-        return _linear(F.linear, input, weight, bias)
+        return _multiply(F.linear, input, weight, bias)
     return F.linear(input, weight, bias)
 
 
-def _packed_projections(q: Tensor, k: Tensor, v: Tensor, w: Any, b: Any = None) -> Any:
+def _packed_projections(torchs_own: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, w: Any, b: Any) -> Any:
     """The three projections of attention by one weight."""
     if not torch.compiler.is_compiling() or not isinstance(w, TunedWeight) or (q is k and k is v):
-        return _TORCH_PACKED_PROJECTIONS(q, k, v, w, b)
+        return torchs_own(q, k, v, w, b)
     # Parts of a weight are plain tensors to a compiler: it is told here which rows they are.
     width, projected = q.shape[-1], []
     with torch._C.DisableTorchFunctionSubclass():
@@ -145,53 +146,11 @@ def _packed_projections(q: Tensor, k: Tensor, v: Tensor, w: Any, b: Any = None) 
         for i, x in enumerate((q, k, v)):
             rows = (i * width, (i + 1) * width)
             y = F.linear(x, w[rows[0] : rows[1]], None if b is None else b[rows[0] : rows[1]])
-            projected.append(_multiplied(y, x, w, rows) if wanted else y)
+            projected.append(_multiplied(y, x, w, LINEAR, rows) if wanted else y)
     return projected
 
 
-_OPEN_ATTENTION = opened_attention(_projection)
-_TORCH_PACKED_PROJECTIONS = _OPEN_ATTENTION.__globals__["_in_projection_packed"]
-_OPEN_ATTENTION.__globals__["_in_projection_packed"] = _packed_projections
-
-
-def _conv2d(func: Any, input: Tensor, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
-    known = isinstance(weight, TunedWeight) and weight.rows is None
-    if not known or isinstance(input, TunedWeight) or isinstance(bias, TunedWeight):
-        return _elsewhere(func, input, weight, bias, *args, **kwargs)
-    wanted = _wants_gradient(weight)
-    y = func(input, weight, bias, *args, **kwargs)
-    if not wanted:
-        return y
-    if single := input.dim() == 3:
-        y, input = y.unsqueeze(0), input.unsqueeze(0)
-    convolution = convolution_geometry(input, weight, *args, **kwargs)
-    entries = weight.entries
-    if convolution.groups == 1:
-        columns, channels = entries.columns, entries.distinct
-    else:  # the channel of a column differs from group to group
-        columns, channels = entries.selection.columns, None
-    y = with_sampled_gradient(y, input, entries.values, entries.row_offsets, columns, channels, convolution)
-    return y.squeeze(0) if single else y
-
-
-def _embedding(
-    func: Any,
-    input: Tensor,
-    weight: Any,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Any:
-    if not _is_matrix(weight) or weight.rows or max_norm is not None or scale_grad_by_freq:
-        return _elsewhere(func, input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    wanted = _wants_gradient(weight)
-    y = func(input, weight, padding_idx)
-    if not wanted:
-        return y
-    entries = weight.entries
-    return with_embedding_gradient(y, input, entries.values, entries.row_offsets, entries.selection.columns, padding_idx)
+_OPEN_ATTENTION = opened_attention(_projection, _packed_projections)
 
 
 # ------------------------------------------------------------------------------------------------ parts of a weight
@@ -290,11 +249,7 @@ def _elsewhere(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear,
-    F.conv2d: _conv2d,
-    torch.conv2d: _conv2d,
-    torch.addmm: _addmm,
-    F.embedding: _embedding,
+    **dict.fromkeys(READERS, _multiply),
     torch.Tensor.split: _split,
     torch.Tensor.chunk: _split,
     torch.split: _split,

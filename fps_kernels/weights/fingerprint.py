@@ -5,8 +5,8 @@ import hashlib
 import torch
 from torch import nn
 
-from fps_kernels.tuning.compact_values import entries_of
 from fps_kernels.weights.matrix import is_simulated
+from fps_kernels.weights.survey import is_compact
 
 _SAMPLED = 512  # entries of each parameter that are looked at
 
@@ -30,4 +30,4 @@ def fingerprint(model: nn.Module) -> str:
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """A model's parameters by name, without the compact values of attached weights."""
-    return {name: p for name, p in model.named_parameters() if entries_of(p) is None}
+    return {name: p for name, p in model.named_parameters() if not is_compact(p)}

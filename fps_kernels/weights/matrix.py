@@ -47,6 +47,11 @@ class MatrixLayout:
             return self.parameter_shape[1], self.parameter_shape[0]
         return (self.parameter_shape[0] if self.parameter_shape else 1), math.prod(self.parameter_shape[1:])
 
+    @property
+    def columns_per_channel(self) -> int:
+        """Columns that belong to one channel of the input: the size of a convolution's kernel, 1 for a linear map."""
+        return math.prod(self.parameter_shape[2:])
+
     def matrix(self, parameter: Tensor) -> Tensor:
         """``[O, C]``: a view of the parameter, or a copy where its memory format allows none (channels-last)."""
         parameter = parameter.detach()

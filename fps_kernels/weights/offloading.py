@@ -18,15 +18,9 @@ def _hook(module: nn.Module) -> Any:
     return next((h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)), None)
 
 
-def offloaded_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """The module that owns each parameter that is not there, and the parameter's name in it, by full name."""
-    return {
-        f"{path}.{leaf}" if path else leaf: (module, leaf)
-        for path, module in model.named_modules()
-        if _hook(module) is not None
-        for leaf, p in module.named_parameters(recurse=False)
-        if p.is_meta
-    }
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether a module's own parameters are brought in when it runs."""
+    return _hook(module) is not None
 
 
 @contextmanager

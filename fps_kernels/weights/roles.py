@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from fps_kernels.weights.survey import Survey
+
 # First or last parts of the path of a classifier head in timm, torchvision and transformers models.
 _HEAD_NAMES = frozenset(
     {"head", "heads", "head_dist", "classifier", "fc", "score", "lm_head", "cls", "qa_outputs", "aux_head", "logits"}
@@ -71,14 +73,13 @@ def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def default_dense(model: nn.Module) -> tuple[str, ...]:
+def default_dense(survey: Survey) -> tuple[str, ...]:
     """What the GPS and FPS protocols train whole: the classifier head, and every bias outside norm layers."""
-    heads = tuple(f"{name}." for name in classifier_modules(model))
-    modules = dict(model.named_modules())
+    heads = tuple(f"{name}." for name in classifier_modules(survey.model))
     dense = []
-    for name, p in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        is_bias = leaf.endswith("bias") and p.dim() == 1 and not _is_norm(modules[owner])
+    for p, name in survey.first_names.items():
+        owner, leaf = survey.owner(name)
+        is_bias = leaf.endswith("bias") and p.dim() == 1 and not _is_norm(owner)
         if name.startswith(heads) or is_bias:
             dense.append(name)
     return tuple(dense)

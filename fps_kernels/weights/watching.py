@@ -1,12 +1,10 @@
 """Seeing every weight a model multiplies with, without knowing its modules.
 
 Hooks on ``nn.Linear`` miss models that call ``F.linear`` themselves (BEiT, EVA) and ``nn.MultiheadAttention``. A
-``TorchFunctionMode`` around the forward sees every weight matrix arrive at one of three functions: ``F.linear``,
-``F.conv2d`` and, for Hugging Face's ``Conv1D``, ``torch.addmm``. ``F.multi_head_attention_forward`` is opened, so that
-the projections inside it arrive at ``F.linear`` as well.
+``TorchFunctionMode`` around the forward sees every weight matrix arrive at one of a few functions: those that the
+:mod:`~fps_kernels.weights.kinds` read. Attention is opened, so that the projections inside it arrive there as well.
 """
 
-import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,24 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fps_kernels.weights.attention import opened_attention
+from fps_kernels.weights.kinds import SCORING_READERS, Call, WeightKind
 from fps_kernels.weights.matrix import MatrixLayout
 
-# The ops are what programs of torch.export call.
-_LINEAR = (F.linear, torch.ops.aten.linear.default)
-_CONV2D = (F.conv2d, torch.conv2d, torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
-_ADDMM = (torch.addmm, torch.ops.aten.addmm.default)
 _LOOKING = ("__set__()", "size()", "dim()", "stride()", "numel()", "is_contiguous()", "type()")  # not a use
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """The geometry of a 2-D convolution, padding as ``(top, bottom, left, right)``."""
-
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-    groups: int
+_OPEN_ATTENTION = opened_attention()
 
 
 @dataclass(frozen=True)
@@ -44,40 +30,18 @@ class WeightUse:
         name: the parameter's name.
         layout: how the parameter is read as a matrix.
         rows: the half-open range of matrix rows that took part.
-        input: what they multiplied: ``[..., C]``, or ``[B, C_in, H, W]`` for a convolution.
-        convolution: its geometry, ``None`` for a linear map.
+        input: what they multiplied.
+        kind: how.
     """
 
     name: str
     layout: MatrixLayout
     rows: tuple[int, int]
     input: Tensor
-    convolution: Convolution | None
+    kind: WeightKind
 
 
-def opened_attention(linear: Callable[..., Tensor] = F.linear) -> Callable[..., Any]:
-    """``F.multi_head_attention_forward`` without its own check for overrides, so that what it calls can be seen.
-
-    Args:
-        linear: what its projections call.
-    """
-    scope = dict(F.multi_head_attention_forward.__globals__)
-    scope |= {"has_torch_function": lambda _: False, "linear": linear}
-
-    def opened(closed: Any) -> Callable[..., Any]:
-        function = types.FunctionType(closed.__code__, scope, closed.__name__, closed.__defaults__, closed.__closure__)
-        function.__kwdefaults__ = closed.__kwdefaults__
-        return function
-
-    for name in ("_in_projection_packed", "_in_projection"):
-        scope[name] = opened(scope[name])
-    return opened(F.multi_head_attention_forward)
-
-
-_OPEN_ATTENTION = opened_attention()
-
-
-class WeightTable:
+class _WeightTable:
     """Finds the parameter that a tensor is, or is some rows of."""
 
     def __init__(self, parameters: Mapping[str, Tensor], owners: Mapping[str, tuple[torch.nn.Module, str]]) -> None:
@@ -87,10 +51,6 @@ class WeightTable:
         self._by_storage: dict[int, list[str]] = {}
         for name, p in parameters.items():
             self._by_storage.setdefault(p.untyped_storage()._cdata, []).append(name)
-
-    def name(self, tensor: Tensor) -> str | None:
-        """The parameter that ``tensor`` is, itself."""
-        return self._names.get(id(tensor))
 
     def find(self, tensor: Tensor) -> tuple[str, int, bool] | None:
         """``(name, first row, transposed)`` of the parameter whose rows ``tensor`` is a view of, if it is one."""
@@ -124,28 +84,6 @@ class WeightTable:
                 yield from self.names_within(v for v in value if isinstance(v, torch.nn.Parameter))
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    values = tuple(int(v) for v in value)
-    return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])
-
-
-def convolution_geometry(
-    input: Tensor, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
-) -> Convolution:
-    kernel, spread = (int(weight.shape[2]), int(weight.shape[3])), _pair(dilation)
-    if padding == "valid":
-        padding = 0
-    if padding == "same":
-        total = [d * (k - 1) for k, d in zip(kernel, spread, strict=True)]
-        sides = (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
-    else:
-        vertical, horizontal = _pair(padding)
-        sides = (vertical, vertical, horizontal, horizontal)
-    return Convolution(kernel, _pair(stride), sides, spread, int(groups))
-
-
 class WeightInterception(TorchFunctionMode):
     """Calls ``on_use`` for every multiplication by a known weight that happens inside the ``with`` block.
 
@@ -165,7 +103,7 @@ class WeightInterception(TorchFunctionMode):
         owners: Mapping[str, tuple[torch.nn.Module, str]] | None = None,
     ) -> None:
         super().__init__()
-        self._table = WeightTable(parameters, owners or {})
+        self._table = _WeightTable(parameters, owners or {})
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         self._on_use = on_use
         self.other_uses: dict[str, str] = {}
@@ -175,45 +113,28 @@ class WeightInterception(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _OPEN_ATTENTION(*args, **kwargs)
-        if func in _LINEAR:
-            self._linear(*args, **kwargs)
-        elif func in _CONV2D:
-            self._conv2d(*args, **kwargs)
-        elif func in _ADDMM:
-            self._addmm(*args, **kwargs)
-        else:
+        read = SCORING_READERS.get(func)
+        call = None if read is None else read(*args, **kwargs)
+        if call is None:
             return self._other(func, args, kwargs)
+        self._note(f"the input of {func.__name__.partition('.')[0]}()", (call.input, *call.others))
+        self._report(call)
         return func(*args, **kwargs)
 
-    def _report(self, weight: Tensor, input: Tensor, convolution: Convolution | None, transposed: bool) -> bool:
-        found = self._table.find(weight)
+    def _report(self, call: Call) -> None:
+        found = self._table.find(call.weight)
         if found is None:
-            return False
+            return
         name, first, view_transposed = found
         shape = self._shapes[name]
-        layout = MatrixLayout(shape, transposed != view_transposed)
-        if transposed or view_transposed:
-            if tuple(weight.shape) != (shape[::-1] if view_transposed else shape):
-                return False  # some inputs of a transposed weight, not some of its output neurons
+        layout = MatrixLayout(shape, call.transposed != view_transposed)
+        if call.transposed or view_transposed:
+            if tuple(call.weight.shape) != (shape[::-1] if view_transposed else shape):
+                return  # some inputs of a transposed weight, not some of its output neurons
             rows = (0, layout.shape[0])
         else:
-            rows = (first, first + weight.shape[0])
-        self._on_use(WeightUse(name, layout, rows, input, convolution))
-        return True
-
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> None:
-        self._note("the input of linear()", (input,))
-        if weight.dim() == 2:
-            self._report(weight, input, None, transposed=False)
-
-    def _conv2d(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
-        self._note("the input of conv2d()", (input,))
-        image = input.unsqueeze(0) if input.dim() == 3 else input
-        self._report(weight, image, convolution_geometry(image, weight, *args, **kwargs), transposed=False)
-
-    def _addmm(self, input: Tensor, mat1: Tensor, mat2: Tensor, **_: Any) -> None:
-        self._note("the input of addmm()", (input, mat1))
-        self._report(mat2, mat1, None, transposed=True)
+            rows = (first, first + call.weight.shape[0])
+        self._on_use(WeightUse(name, layout, rows, call.input, call.kind))
 
     def _other(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fps_kernels as fps
-from fps_kernels.storage import checked_file as files
+from fps_kernels.storage import checked_file
 from tests.support.models import Classifier, images, labelled
 
 
@@ -74,9 +74,9 @@ def test_save_and_load(tmp_path):
     fps.select(Classifier(), stats=stats).save(tmp_path / "selection.safetensors")
     with pytest.raises(ValueError, match="holds no activation statistics"):
         fps.ActivationStats.load(tmp_path / "selection.safetensors")
-    content, tensors = files.read(tmp_path / "stats.safetensors", "fps_kernels.statistics.1", "activation statistics")
+    content, tensors = checked_file.read(tmp_path / "stats.safetensors", "fps_kernels.statistics.1", "activation statistics")
     for lie in ({"ord": "3"}, {"weights": {"x": [[2, 2], False, [1], 1]}}, {"tied": [1]}, {"unused": {"a": None}}):
-        files.write(tmp_path / "lie.safetensors", "fps_kernels.statistics.1", {**content, **lie}, tensors)
+        checked_file.write(tmp_path / "lie.safetensors", "fps_kernels.statistics.1", {**content, **lie}, tensors)
         with pytest.raises(ValueError, match="lie.safetensors is damaged"):
             fps.ActivationStats.load(tmp_path / "lie.safetensors")
 

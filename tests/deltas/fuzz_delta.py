@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of what reads delta and selection files; not part of the suite, since it has no end.
 
     pip install atheris
-    python tests/fuzz/fuzz_delta.py -max_total_time=3600 CORPUS_FOLDER
+    python tests/deltas/fuzz_delta.py -max_total_time=3600 CORPUS_FOLDER
 
 Any bytes must either load or be refused with a ``ValueError``. Every other input is given a right checksum first, so that
 what lies behind the checksum is reached as well.
@@ -20,9 +20,11 @@ from safetensors.torch import load, save
 from torch import nn
 
 import fps_kernels as fps
-from fps_kernels import delta, files, matrices, packing, selection
+from fps_kernels.deltas import delta, file_format
 from fps_kernels.deltas.delta import Delta
-from fps_kernels.selection import Selection
+from fps_kernels.selection import Selection, selection, weight_selection
+from fps_kernels.storage import bits, checked_file
+from fps_kernels.weights import matrix
 
 FOLDER = Path(tempfile.mkdtemp())
 FILE = FOLDER / "input.safetensors"
@@ -45,7 +47,7 @@ def mended(data: bytes) -> bytes:
         metadata = json.loads(data[8 : 8 + size])["__metadata__"]
         tensors = load(data)
         described, kind = metadata["content"], metadata["format"]
-        checksum = files._checksum(kind, described, tensors)
+        checksum = checked_file._checksum(kind, described, tensors)
         return save(tensors, {"format": kind, "content": described, "sha256": checksum})
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return data
@@ -86,6 +88,6 @@ if __name__ == "__main__":
         for number, seed in enumerate(seeds()):
             for first in (b"\x00", b"\xff"):
                 (corpus / f"seed{number}{first.hex()}").write_bytes(first + seed)
-    instrument(delta, files, matrices, packing, selection)
+    instrument(bits, checked_file, delta, file_format, matrix, selection, weight_selection)
     atheris.Setup(sys.argv, one_input)
     atheris.Fuzz()

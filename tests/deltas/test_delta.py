@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fps_kernels as fps
-from fps_kernels.storage import checked_file as files
-from fps_kernels.deltas.delta import FORMAT, delta_of
+from fps_kernels.deltas.file_format import FORMAT
+from fps_kernels.deltas.making import delta_of
+from fps_kernels.storage import checked_file
 from fps_kernels.storage.bits import bits_for, pack, packed_size, unpack
 from tests.support.models import Classifier, images, labelled
 from tests.support.training import RATES, copy_of, selected, train
@@ -348,12 +349,12 @@ def test_lies_are_refused(saved, tmp_path, where, what):
     """A file whose checksum is right and whose description is not: no allocation of the size that it claims."""
     path = tmp_path / "lie"
     path.write_bytes(saved)
-    content, tensors = files.read(path, FORMAT, "delta")
+    content, tensors = checked_file.read(path, FORMAT, "delta")
     inner = content
     for key in where[:-1]:
         inner = inner[key]
     inner[where[-1]] = what
-    files.write(path, FORMAT, content, tensors)
+    checked_file.write(path, FORMAT, content, tensors)
     with pytest.raises(ValueError, match="lie is damaged"):
         fps.load_delta(path)
 
@@ -374,11 +375,11 @@ def test_a_killed_save_leaves_the_old_file_or_the_new(tmp_path):
     path = tmp_path / "task.safetensors"
     program = f"""
 import torch
-from fps_kernels.storage import checked_file as files
+from fps_kernels.storage import checked_file
 print("ready", flush=True)
 i = 0
 while True:
-    files.write({str(path)!r}, "test", {{"i": i}}, {{"x": torch.full((1_000_000,), float(i))}})
+    checked_file.write({str(path)!r}, "test", {{"i": i}}, {{"x": torch.full((1_000_000,), float(i))}})
     i += 1
 """
     for wait in (0.0, 0.05, 0.12):
@@ -390,7 +391,7 @@ while True:
         running.send_signal(signal.SIGKILL)
         running.communicate()
         if path.exists():
-            content, tensors = files.read(path, "test", "test")
+            content, tensors = checked_file.read(path, "test", "test")
             assert (tensors["x"] == content["i"]).all()
 
 

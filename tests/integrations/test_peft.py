@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fps_kernels as fps
-from fps_kernels.deltas.delta import delta_of
+from fps_kernels.deltas.making import delta_of
 from fps_kernels.integrations.peft import read_adapter, shira_mask, write_shira, write_supertuning
 
 TARGETS = ["blocks.0.attn.qkv", "blocks.0.mlp.fc2", "blocks.1.mlp.fc1"]

@@ -168,18 +168,18 @@ def test_names_and_choices_that_are_unusual(tmp_path):
 def test_tampered_files_are_refused(tmp_path):
     from safetensors.torch import load, save_file
 
-    from fps_kernels.storage import checked_file as files
+    from fps_kernels.storage import checked_file
 
     path = tmp_path / "s.safetensors"
     fps.select(Classifier(), [images()]).save(path)
-    content, tensors = files.read(path, "fps_kernels.selection.1", "selection")
+    content, tensors = checked_file.read(path, "fps_kernels.selection.1", "selection")
     before = tensors["out.weight:columns"][3].clone()
     tensors["out.weight:columns"][3] = 20
-    files.write(path, "fps_kernels.selection.1", content, tensors)  # with a checksum that is right
+    checked_file.write(path, "fps_kernels.selection.1", content, tensors)  # with a checksum that is right
     with pytest.raises(ValueError, match=r"out.weight: columns must lie in \[0, 20\), found 20"):
         Selection.load(path)
     tensors["out.weight:columns"][3] = before
-    files.write(path, "fps_kernels.selection.1", {**content, "weights": {"missing": [[2, 2], False]}}, tensors)
+    checked_file.write(path, "fps_kernels.selection.1", {**content, "weights": {"missing": [[2, 2], False]}}, tensors)
     with pytest.raises(ValueError, match="damaged: it lacks 'missing:row_offsets'"):
         Selection.load(path)
     for lie in (
@@ -193,12 +193,12 @@ def test_tampered_files_are_refused(tmp_path):
         {"weights": {"out.weight": 3}},
         {"weights": []},
     ):
-        files.write(path, "fps_kernels.selection.1", {**content, **lie}, tensors)
+        checked_file.write(path, "fps_kernels.selection.1", {**content, **lie}, tensors)
         with pytest.raises(ValueError, match="damaged"):
             Selection.load(path)
     for missing in content:
         rest = {key: value for key, value in content.items() if key != missing}
-        files.write(path, "fps_kernels.selection.1", rest, tensors)
+        checked_file.write(path, "fps_kernels.selection.1", rest, tensors)
         with pytest.raises(ValueError, match=f"damaged: it lacks '{missing}'"):
             Selection.load(path)
     save_file(load(path.read_bytes()), path, {"format": "fps_kernels.selection.1", "content": "{}", "sha256": "0"})

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import fps_kernels as fps
-from tests.support.tolerances import assert_sums_close
 from tests.choosing.test_models import MODELS
+from tests.support.tolerances import assert_sums_close
 
 
 def outputs(model: nn.Module, batch: object) -> Tensor:

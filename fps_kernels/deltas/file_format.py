@@ -1,0 +1,160 @@
+"""How a delta lies in a file: columns in as few bits as they need, values one after the other; see ``docs/format.md``."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+
+from fps_kernels import ops
+from fps_kernels.selection import Selection, WeightSelection
+from fps_kernels.storage.bits import bits_for, pack, packed_size, unpack
+from fps_kernels.storage.checked_file import Path_, distrusted, read, texts_by_name, whole_number, whole_numbers, write
+from fps_kernels.weights.matrix import MatrixLayout
+
+FORMAT = "fps_kernels.delta.1"
+_STORED = {torch.float32: "values_float32", torch.bfloat16: "values_bfloat16"}
+
+
+class DeltaParts(TypedDict):
+    """What a file holds, by the names of :class:`~fps_kernels.Delta`."""
+
+    selection: Selection
+    values: dict[str, Tensor]
+    dense: dict[str, Tensor]
+    base: str
+    versions: dict[str, str]
+
+
+class _Delta(Protocol):
+    selection: Selection
+    values: dict[str, Tensor]
+    dense: dict[str, Tensor]
+    base: str
+    versions: dict[str, str]
+
+
+def write_file(path: Path_, delta: _Delta, dtype: torch.dtype | None) -> None:
+    """Write a delta with its values in ``dtype``, or as they are."""
+    weights: dict[str, Any] = {}
+    packed: list[Tensor] = []
+    values: dict[torch.dtype, list[Tensor]] = {torch.float32: [], torch.bfloat16: []}
+    for name, w in delta.selection.weights.items():
+        lengths = w.row_offsets.diff()
+        described: dict[str, Any] = {"shape": list(w.layout.parameter_shape), "entries": w.nnz}
+        if w.layout.transposed:
+            described["transposed"] = True
+        if w.nnz and bool((lengths == lengths[0]).all()):
+            described["row_length"] = int(lengths[0])
+        else:
+            packed.append(pack(lengths, bits_for(int(lengths.max()) if lengths.numel() else 0)))
+            described["row_bits"] = bits_for(int(lengths.max()) if lengths.numel() else 0)
+        packed.append(pack(w.columns, bits_for(w.layout.shape[1] - 1)))
+        _append(values, described, delta.values[name], dtype)
+        weights[name] = described
+    dense = {}
+    for name, t in delta.dense.items():
+        dense[name] = {"shape": list(t.shape)}
+        _append(values, dense[name], t, dtype)
+    content = {
+        "base": delta.base,
+        "weights": weights,
+        "dense": dense,
+        "description": delta.selection.description,
+        "density": delta.selection.density,
+        "versions": delta.versions,
+    }
+    tensors = {"indices": torch.cat(packed)} if packed else {}
+    tensors |= {_STORED[d]: torch.cat(parts) for d, parts in values.items() if parts}
+    write(path, FORMAT, content, tensors)
+
+
+def read_file(path: Path_) -> DeltaParts:
+    """Read what :func:`write_file` wrote; everything is checked.
+
+    Raises:
+        ValueError: the file is no delta, is cut off or changed, or what it says does not fit together.
+        OSError: it cannot be read.
+    """
+    content, tensors = read(path, FORMAT, "delta")
+    with distrusted(path):
+        return _read(content, tensors)
+
+
+def _append(
+    values: dict[torch.dtype, list[Tensor]], described: dict[str, Any], tensor: Tensor, dtype: torch.dtype | None
+) -> None:
+    stored = dtype or (torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32)
+    values[stored].append(tensor.detach().reshape(-1).to("cpu", stored))
+    if stored == torch.bfloat16:
+        described["bfloat16"] = True
+
+
+class _Stream:
+    """Takes parts of a tensor from the front."""
+
+    def __init__(self, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+        if tensor.dtype != dtype or tensor.dim() != 1:
+            raise ValueError(f"{name} must be one-dimensional {dtype}, found {tensor.dtype} {list(tensor.shape)}")
+        self.name, self.rest = name, tensor
+
+    def take(self, count: int) -> Tensor:
+        if not 0 <= count <= self.rest.numel():
+            raise ValueError(f"{self.name} has {self.rest.numel()} items left, {count} are needed")
+        part, self.rest = self.rest[:count], self.rest[count:]
+        return part
+
+    def check_empty(self) -> None:
+        if self.rest.numel():
+            raise ValueError(f"{self.name} has {self.rest.numel()} items too many")
+
+
+def _read(content: dict[str, Any], tensors: dict[str, Tensor]) -> DeltaParts:
+    indices = _Stream("indices", tensors.get("indices", torch.empty(0, dtype=torch.uint8)), torch.uint8)
+    streams = {d: _Stream(n, tensors.get(n, torch.empty(0, dtype=d)), d) for d, n in _STORED.items()}
+    if extra := sorted(tensors.keys() - {"indices", *_STORED.values()}):
+        raise ValueError(f"it has a tensor {extra[0]!r} that does not belong there")
+    weights, values, dense = {}, {}, {}
+    for name, said in content["weights"].items():
+        layout = MatrixLayout.described(said["shape"], said.get("transposed", False))
+        O, C = layout.shape
+        nnz = whole_number(said["entries"])
+        if nnz > O * C or max(nnz, O, C) > ops.MAX_NNZ:
+            raise ValueError(f"{name} of shape {said['shape']} cannot have {nnz} chosen entries")
+        values[name] = streams[_stored(said)].take(nnz)
+        if "row_length" in said:  # checked against what the file holds before anything of that size is made
+            if whole_number(said["row_length"], 1) * O != nnz:
+                raise ValueError(f"{name} has {nnz} entries, not {said['row_length']} in each of {O} rows")
+            row_offsets = torch.arange(O + 1, dtype=torch.int64) * said["row_length"]
+        else:
+            bits = whole_number(said["row_bits"], 1)
+            if bits > 31:
+                raise ValueError(f"{name} has row lengths of {bits} bits")
+            lengths = unpack(indices.take(packed_size(O, bits)), O, bits)
+            row_offsets = torch.zeros(O + 1, dtype=torch.int64)
+            row_offsets[1:] = lengths.long().cumsum(0)
+            if int(row_offsets[-1]) != nnz:
+                raise ValueError(f"{name}: its rows have {int(row_offsets[-1])} entries, not {nnz}")
+        bits = bits_for(C - 1)
+        columns = unpack(indices.take(packed_size(nnz, bits)), nnz, bits)
+        try:
+            weights[name] = WeightSelection(layout, row_offsets.int(), columns)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from error
+    for name, said in content["dense"].items():
+        shape = whole_numbers(said["shape"])
+        count = 1
+        for size in shape:
+            count *= size
+        dense[name] = streams[_stored(said)].take(count).view(shape)
+    for stream in (indices, *streams.values()):
+        stream.check_empty()
+    if not isinstance(content["base"], str):
+        raise ValueError(f"its base is {content['base']!r}")
+    selection = Selection(weights, tuple(dense), description=texts_by_name(content["description"]))
+    versions = texts_by_name(content["versions"])
+    return {"selection": selection, "values": values, "dense": dense, "base": content["base"], "versions": versions}
+
+
+def _stored(said: Mapping[str, Any]) -> torch.dtype:
+    return torch.bfloat16 if said.get("bfloat16") else torch.float32

@@ -1,0 +1,101 @@
+"""Where deltas come from: a tuner, a file, two models."""
+
+import torch
+from torch import Tensor, nn
+
+from fps_kernels import ops
+from fps_kernels._version import __version__
+from fps_kernels.deltas.delta import Delta
+from fps_kernels.selection import Selection, WeightSelection
+from fps_kernels.storage.checked_file import Path_
+from fps_kernels.tuning.tuner import Tuner
+from fps_kernels.weights.fingerprint import fingerprint, own_parameters
+
+_WORTH_SPARSE = 0.5  # a weight that changed in more of its entries is stored whole
+
+
+def save_delta(tuner: Tuner, path: Path_, dtype: torch.dtype | None = None) -> None:
+    """Write what a tuner has tuned so far to a small safetensors file, at most 6 bytes an entry, or 4 in bfloat16.
+
+    Args:
+        tuner: from :func:`fps_kernels.attach`, detached or not.
+        path: where; what is there is replaced at once, or stays if the writing fails.
+        dtype: ``torch.float32`` or ``torch.bfloat16`` for the values; if not given, compact values are float32.
+
+    Raises:
+        ValueError: another dtype.
+
+    Example:
+        >>> fps.save_delta(tuner, "task.safetensors")
+        >>> fps.load_delta("task.safetensors").apply_(base_model)
+    """
+    delta_of(tuner).save(path, dtype)
+
+
+def load_delta(path: Path_) -> Delta:
+    """Read a file of :func:`save_delta`; see :meth:`Delta.load`.
+
+    Example:
+        >>> delta = fps.load_delta("task.safetensors")
+        >>> delta.apply_(model)
+        >>> delta.revert_(model)
+    """
+    return Delta.load(path)
+
+
+def delta_of(tuner: Tuner) -> Delta:
+    """What a tuner has tuned so far, as a delta to the model that was attached."""
+    values = {name: p.detach().to("cpu", copy=True) for name, p in tuner.compact.items()}
+    dense = {name: p.detach().to("cpu", copy=True) for name, p in tuner.dense.items()}
+    return Delta(tuner.selection.to("cpu"), values, dense, tuner.base, package_versions())
+
+
+@torch.no_grad()
+def diff(base: nn.Module, tuned: nn.Module) -> Delta:
+    """What changed from one model to another, bit by bit.
+
+    Args:
+        base: the model before.
+        tuned: the model after, with the same parameters, on the same device and of the same dtypes.
+
+    Returns:
+        A delta to ``base``: the changed entries of each weight, whole parameters where more than half of one changed.
+
+    Raises:
+        ValueError: models with different parameters, or changes in parameters of another dtype.
+    """
+    before, after = own_parameters(base), own_parameters(tuned)
+    if different := sorted(before.keys() ^ after.keys()):
+        raise ValueError(f"the models have different parameters: only one has {different[0]}")
+    masks, values, dense = {}, {}, {}
+    for name, p in before.items():
+        q = after[name]
+        if p.shape != q.shape or p.dtype != q.dtype or p.device != q.device:
+            raise ValueError(
+                f"{name} is {p.dtype} {list(p.shape)} on {p.device} in one and {q.dtype} {list(q.shape)} on {q.device} in "
+                "the other"
+            )
+        if p.dtype not in ops.FLOAT_DTYPES:
+            if not torch.equal(p, q):
+                raise ValueError(f"{name} is {p.dtype}: a delta holds float32, bfloat16 or float16")
+            continue
+        changed = _bits(p) != _bits(q)
+        count = int(changed.sum())
+        if not count:
+            continue
+        if p.dim() >= 2 and count <= _WORTH_SPARSE * p.numel():
+            masks[name] = WeightSelection.from_mask(changed).to("cpu")
+            values[name] = q.detach()[changed].cpu()
+        else:
+            dense[name] = q.detach().to("cpu", copy=True)
+    selection = Selection(masks, tuple(dense), description={"scorer": "difference of two models"})
+    return Delta(selection, values, dense, fingerprint(base), package_versions())
+
+
+def _bits(p: Tensor) -> Tensor:
+    return p.detach().contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()])
+
+
+def package_versions() -> dict[str, str]:
+    """What wrote a delta."""
+    return {"fps_kernels": __version__, "torch": str(torch.__version__)}

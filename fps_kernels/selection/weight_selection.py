@@ -1,0 +1,115 @@
+"""The chosen entries of one weight: a CSR, validated when it is made."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fps_kernels.weights.matrix import MatrixLayout, is_simulated
+
+
+@dataclass(frozen=True, eq=False)
+class WeightSelection:
+    """The chosen entries of one weight, in CSR order of its matrix ``[O, C]``.
+
+    Attributes:
+        layout: how the parameter is read as a matrix.
+        row_offsets: int32 ``[O + 1]``: row ``i`` owns ``columns[row_offsets[i]:row_offsets[i + 1]]``.
+        columns: int32 ``[nnz]``, ascending within each row.
+
+    Raises:
+        TypeError: indices that are not int32.
+        ValueError: indices that are no valid CSR of the matrix.
+    """
+
+    layout: MatrixLayout
+    row_offsets: Tensor
+    columns: Tensor
+
+    def __post_init__(self) -> None:
+        O, C = self.layout.shape
+        for label, tensor in (("row_offsets", self.row_offsets), ("columns", self.columns)):
+            if tensor.dtype != torch.int32:
+                raise TypeError(f"{label} must be int32, got {tensor.dtype}")
+            if tensor.dim() != 1 or not tensor.is_contiguous():
+                raise ValueError(f"{label} must be one-dimensional and contiguous, got shape {list(tensor.shape)}")
+        if self.row_offsets.numel() != O + 1:
+            raise ValueError(f"row_offsets must have {O + 1} items for {O} rows, got {self.row_offsets.numel()}")
+        if self.row_offsets.device != self.columns.device:
+            raise ValueError(f"row_offsets are on {self.row_offsets.device}, columns on {self.columns.device}")
+        if is_simulated(self.columns):
+            return
+        lengths = self.row_offsets.diff()
+        if int(self.row_offsets[0]) != 0 or int(self.row_offsets[-1]) != self.columns.numel() or bool((lengths < 0).any()):
+            raise ValueError(f"row_offsets must rise from 0 to the {self.columns.numel()} columns")
+        if self.columns.numel():
+            low, high = (int(v) for v in self.columns.aminmax())
+            if low < 0 or high >= C:
+                raise ValueError(f"columns must lie in [0, {C}), found {low if low < 0 else high}")
+            descends = self.columns.diff() <= 0
+            starts = self.row_offsets[1:-1].long()
+            starts = starts[(starts > 0) & (starts < self.columns.numel())]
+            descends[starts - 1] = False  # from the last column of a row to the first of the next
+            if bool(descends.any()):
+                raise ValueError("columns must ascend, without repetition, within each row")
+
+    @classmethod
+    def trusted(cls, layout: MatrixLayout, row_offsets: Tensor, columns: Tensor) -> "WeightSelection":
+        """Without any check: for indices that an op made, or that were checked before."""
+        made = object.__new__(cls)
+        for name, value in (("layout", layout), ("row_offsets", row_offsets), ("columns", columns)):
+            object.__setattr__(made, name, value)
+        return made
+
+    @property
+    def nnz(self) -> int:
+        """Number of chosen entries."""
+        return self.columns.numel()
+
+    @property
+    def density(self) -> float:
+        """Share of the weight's entries that is chosen."""
+        O, C = self.layout.shape
+        return self.nnz / (O * C) if O * C else 0.0
+
+    def rows(self) -> Tensor:
+        """The row of each entry, int64 ``[nnz]``."""
+        lengths = self.row_offsets.diff().long()
+        every_row = torch.arange(lengths.numel(), device=lengths.device)
+        return torch.repeat_interleave(every_row, lengths, output_size=self.nnz)
+
+    def flat(self) -> Tensor:
+        """Row-major positions of the entries in the matrix, int64 ``[nnz]``, ascending."""
+        return self.rows() * self.layout.shape[1] + self.columns
+
+    def mask(self) -> Tensor:
+        """Boolean tensor in the shape of the parameter."""
+        O, C = self.layout.shape
+        mask = torch.zeros(O * C, dtype=torch.bool, device=self.columns.device)
+        mask[self.flat()] = True
+        return self.layout.unmatrix(mask.view(O, C))
+
+    def to(self, device: torch.device | str) -> "WeightSelection":
+        """The same entries with their indices on ``device``."""
+        if self.columns.device == torch.device(device):
+            return self
+        return WeightSelection.trusted(self.layout, self.row_offsets.to(device), self.columns.to(device))
+
+    @classmethod
+    def from_flat(cls, layout: MatrixLayout, flat: Tensor) -> "WeightSelection":
+        """From distinct row-major positions in the matrix, int64, ascending."""
+        O, C = layout.shape
+        rows = flat // max(C, 1)
+        row_offsets = torch.zeros(O + 1, dtype=torch.int64, device=flat.device)
+        row_offsets[1:] = torch.bincount(rows, minlength=O).cumsum(0)
+        return cls(layout, row_offsets.int(), (flat - rows * C).int())
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, transposed: bool = False) -> "WeightSelection":
+        """From a boolean tensor in the shape of the parameter."""
+        if mask.dtype != torch.bool:
+            raise TypeError(f"a mask must be boolean, got {mask.dtype}")
+        if mask.dim() == 0:
+            raise ValueError("a mask must have at least one dimension")
+        layout = MatrixLayout(tuple(mask.shape), transposed)
+        return cls.from_flat(layout, layout.matrix(mask).flatten().nonzero().squeeze(1))

@@ -1,0 +1,66 @@
+"""Embeddings: rows of a weight ``[O, C]`` looked up by number, by ``F.embedding``. Trained, never chosen from by what they
+multiply: a lookup multiplies nothing. A weight that is shared with an output layer is chosen from there."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fps_kernels.weights.kinds.kind import Call, WeightKind
+
+NAME = "F.embedding"
+SCORED = False
+DIMENSIONS = (2,)
+FUNCTIONS = (F.embedding,)
+
+
+@dataclass(frozen=True)
+class Embedding(WeightKind):
+    """Each number of the input ``[...]`` is replaced by that row of the weight.
+
+    Attributes:
+        padding: the row that gets no gradient, -1 for none.
+    """
+
+    padding: int = -1
+
+    def input_rows(self, x: Tensor) -> int:
+        return 0
+
+    def add_column_norms_(self, x: Tensor, norm: Tensor, ord: float) -> None:
+        raise TypeError("rows are looked up: no input multiplies them")
+
+    def channel_dim(self, x: Tensor) -> int | None:
+        return None
+
+    def sampled_gradient(self, gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor) -> Tensor:
+        # One dense row for each different number of the batch, not for each of the vocabulary.
+        present, place = x.flatten().unique(return_inverse=True)
+        rows = torch.zeros(present.numel(), gy.shape[-1], dtype=torch.float32, device=gy.device)
+        rows.index_add_(0, place, gy.reshape(-1, gy.shape[-1]).float())
+        rows[present == self.padding] = 0
+        lengths = row_offsets.diff()[present].long()
+        owner = torch.repeat_interleave(lengths)
+        within = torch.arange(owner.numel(), device=gy.device) - (lengths.cumsum(0) - lengths)[owner]
+        entries = row_offsets[present].long()[owner] + within
+        grad = torch.zeros(columns.numel(), dtype=torch.float32, device=gy.device)
+        grad[entries] = rows[owner, columns[entries].long()]
+        return grad
+
+
+def read(
+    input: Any,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Call | None:
+    """``None`` where looking up changes the weight, or gradients are scaled."""
+    if max_norm is not None or scale_grad_by_freq:
+        return None
+    padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
+    return Call(weight, input, (), Embedding(padding))

@@ -1,0 +1,61 @@
+"""What one multiplication by a weight is, whatever its kind."""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class WeightKind(ABC):
+    """How a weight of ``[O, C]`` multiplies an input: what a linear map and a convolution do differently, and nothing else.
+
+    Attributes:
+        groups: equal blocks of output rows, each of which multiplies inputs of its own.
+    """
+
+    groups: int = 1
+
+    @abstractmethod
+    def input_rows(self, x: Tensor) -> int:
+        """Activation rows that a row of the weight multiplied."""
+
+    @abstractmethod
+    def add_column_norms_(self, x: Tensor, norm: Tensor, ord: float) -> None:
+        """Add the column norms of an input to ``norm``, float64 ``[groups, C]``."""
+
+    @abstractmethod
+    def channel_dim(self, x: Tensor) -> int | None:
+        """The dimension of the input in which it has one place for every channel of the weight; ``None`` where rows of the
+        weight differ in what they see of it, so that only the whole input will do."""
+
+    @abstractmethod
+    def sampled_gradient(self, gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor) -> Tensor:
+        """The gradient of the chosen entries.
+
+        Args:
+            gy: the gradient of the output.
+            x: the input, or those of its channels that ``columns`` are counted among.
+            row_offsets: int32 ``[O + 1]``.
+            columns: int32 ``[nnz]``.
+
+        Returns:
+            float32 ``[nnz]``, in CSR order.
+        """
+
+
+class Call(NamedTuple):
+    """A call of a function, read as the multiplication of an input by a weight.
+
+    Attributes:
+        weight: the argument that takes the place of the weight.
+        input: what it multiplies.
+        others: further arguments that may be tensors, such as the bias.
+        kind: how it multiplies.
+        transposed: the argument is ``[C, O]``.
+    """
+
+    weight: Any
+    input: Any
+    others: tuple[Any, ...]
+    kind: WeightKind
+    transposed: bool = False

@@ -1,0 +1,42 @@
+"""Linear maps: ``y = x W^T`` with ``W`` ``[O, C]``, by ``F.linear``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fps_kernels import ops
+from fps_kernels.weights.kinds.kind import Call, WeightKind
+
+NAME = "F.linear"
+SCORED = True
+DIMENSIONS = (2,)
+FUNCTIONS = (F.linear, torch.ops.aten.linear.default)  # programs of torch.export call the op
+
+
+@dataclass(frozen=True)
+class Linear(WeightKind):
+    """Every row of the weight multiplies every row of the input ``[..., C]``."""
+
+    def input_rows(self, x: Tensor) -> int:
+        return x.numel() // x.shape[-1] if x.shape[-1] else 0
+
+    def add_column_norms_(self, x: Tensor, norm: Tensor, ord: float) -> None:
+        ops.column_norm_(x, norm.view(-1), ord)
+
+    def channel_dim(self, x: Tensor) -> int | None:
+        return x.dim() - 1
+
+    def sampled_gradient(self, gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor) -> Tensor:
+        grad: Tensor = ops.sampled_grad(gy, x, row_offsets, columns)
+        return grad
+
+
+LINEAR = Linear()
+
+
+def read(input: Any, weight: Any, bias: Any = None) -> Call | None:
+    """``None`` for a weight that is no matrix."""
+    return Call(weight, input, (bias,), LINEAR) if weight.dim() == 2 else None
