@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fps_kernels import ops
-from fps_kernels.selection import WeightSelection
+from fps_kernels.selection import WeightSelection, uniform_row_offsets
 from fps_kernels.weights.matrix import MatrixLayout
 
 
@@ -82,7 +82,7 @@ class PerNeuron:
         chosen = {}
         for w in weights:
             columns = ops.score_topk(w.matrix, w.factors, int(self.k))
-            row_offsets = torch.arange(columns.shape[0] + 1, device=columns.device, dtype=torch.int32) * self.k
+            row_offsets = uniform_row_offsets(columns.shape[0], int(self.k), columns.device)
             chosen[w.name] = WeightSelection.trusted(w.layout, row_offsets, columns.flatten())
         return chosen
 
@@ -97,7 +97,7 @@ class PerNeuron:
                 for start in range(0, O, rows_at_once)
             ]
             flat = torch.cat(columns).sort(1).values.int().flatten()
-            chosen[name] = WeightSelection(layout, torch.arange(O + 1, dtype=torch.int32) * self.k, flat)
+            chosen[name] = WeightSelection(layout, uniform_row_offsets(O, int(self.k)), flat)
         return chosen
 
 

@@ -131,15 +131,17 @@ class Delta:
 
     def _entries(self, name: str, p: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A view of a parameter's memory, and the indices of the chosen entries in it."""
-        chosen = self.selection[name]
-        view, position = chosen.layout.writable_matrix(p)
-        flat = view.is_contiguous()
         key = (name, p.device, p.stride())
-        if key not in self._places:
-            here = chosen.to(p.device)
-            columns = (here.columns if position is None else position[here.columns.long()]).long()
-            self._places[key] = (here.rows() * view.shape[1] + columns,) if flat else (here.rows(), columns)
-        return view.view(-1) if flat else view, self._places[key]
+        if key in self._places:
+            view, _ = self.selection[name].layout.writable_matrix(p)
+            places = self._places[key]
+        else:
+            here = self.selection[name].to(p.device)
+            view, columns = here.in_memory(p)
+            flat = view.is_contiguous()
+            places = (here.rows() * view.shape[1] + columns,) if flat else (here.rows(), columns.long())
+            self._places[key] = places
+        return view.view(-1) if len(places) == 1 else view, places
 
     def _checked(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         picked = self.selection.pick(parameters)

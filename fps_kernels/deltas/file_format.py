@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fps_kernels import ops
-from fps_kernels.selection import Selection, WeightSelection
+from fps_kernels.selection import Selection, WeightSelection, uniform_row_offsets
 from fps_kernels.storage.bits import bits_for, pack, packed_size, unpack
 from fps_kernels.storage.checked_file import Path_, distrusted, read, texts_by_name, whole_number, whole_numbers, write
 from fps_kernels.weights.matrix import MatrixLayout
@@ -125,20 +125,20 @@ def _read(content: dict[str, Any], tensors: dict[str, Tensor]) -> DeltaParts:
         if "row_length" in said:  # checked against what the file holds before anything of that size is made
             if whole_number(said["row_length"], 1) * O != nnz:
                 raise ValueError(f"{name} has {nnz} entries, not {said['row_length']} in each of {O} rows")
-            row_offsets = torch.arange(O + 1, dtype=torch.int64) * said["row_length"]
+            row_offsets = uniform_row_offsets(O, said["row_length"])
         else:
             bits = whole_number(said["row_bits"], 1)
             if bits > 31:
                 raise ValueError(f"{name} has row lengths of {bits} bits")
             lengths = unpack(indices.take(packed_size(O, bits)), O, bits)
-            row_offsets = torch.zeros(O + 1, dtype=torch.int64)
-            row_offsets[1:] = lengths.long().cumsum(0)
-            if int(row_offsets[-1]) != nnz:
-                raise ValueError(f"{name}: its rows have {int(row_offsets[-1])} entries, not {nnz}")
+            ends = lengths.long().cumsum(0)
+            if (total := int(ends[-1]) if O else 0) != nnz:
+                raise ValueError(f"{name}: its rows have {total} entries, not {nnz}")
+            row_offsets = torch.cat([ends.new_zeros(1), ends]).int()
         bits = bits_for(C - 1)
         columns = unpack(indices.take(packed_size(nnz, bits)), nnz, bits)
         try:
-            weights[name] = WeightSelection(layout, row_offsets.int(), columns)
+            weights[name] = WeightSelection(layout, row_offsets, columns)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
     for name, said in content["dense"].items():

@@ -61,6 +61,13 @@ class WeightSelection:
             object.__setattr__(made, name, value)
         return made
 
+    @classmethod
+    def whole(cls, layout: MatrixLayout, device: torch.device | str = "cpu") -> "WeightSelection":
+        """Every entry of a weight."""
+        rows, columns = layout.shape
+        every = torch.arange(columns, dtype=torch.int32, device=device).repeat(rows)
+        return cls(layout, uniform_row_offsets(rows, columns, device), every)
+
     @property
     def nnz(self) -> int:
         """Number of chosen entries."""
@@ -81,6 +88,19 @@ class WeightSelection:
     def flat(self) -> Tensor:
         """Row-major positions of the entries in the matrix, int64 ``[nnz]``, ascending."""
         return self.rows() * self.layout.shape[1] + self.columns
+
+    def in_memory(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the entries lie in the memory of a parameter, on whose device the indices must be.
+
+        Returns:
+            That memory as a matrix, and the column of each entry in it, int32 ``[nnz]``: in a channels-last convolution they
+            are in another order than in the weight's matrix.
+
+        Raises:
+            ValueError: strides that allow no view as a matrix.
+        """
+        view, position = self.layout.writable_matrix(parameter)
+        return view, self.columns if position is None else position[self.columns.long()]
 
     def mask(self) -> Tensor:
         """Boolean tensor in the shape of the parameter."""
@@ -113,3 +133,8 @@ class WeightSelection:
             raise ValueError("a mask must have at least one dimension")
         layout = MatrixLayout(tuple(mask.shape), transposed)
         return cls.from_flat(layout, layout.matrix(mask).flatten().nonzero().squeeze(1))
+
+
+def uniform_row_offsets(rows: int, length: int, device: torch.device | str = "cpu") -> Tensor:
+    """``row_offsets`` of a CSR in which every row has as many entries, int32 ``[rows + 1]``."""
+    return torch.arange(rows + 1, dtype=torch.int32, device=device) * length

@@ -9,6 +9,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fps_kernels.selection import Selection
 from fps_kernels.tuning.compact_values import SelectedEntries
+from fps_kernels.tuning.groups import chosen_parameters
 from fps_kernels.tuning.step_hooks import install_hooks
 from fps_kernels.tuning.tuned_weight import become_tuned
 from fps_kernels.tuning.tuner import Tuner
@@ -54,12 +55,8 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor]) -> Tun
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, DistributedDataParallel):
         raise ValueError("attach the model before it is wrapped in DistributedDataParallel: it would not reduce the values")
-    if not isinstance(selection, Selection):
-        selection = Selection.from_masks(selection)
     survey = Survey.of(model)
-    parameters = selection.pick(survey.parameters)
-    if not parameters:
-        raise ValueError("the selection is empty: it names no parameter")
+    selection, parameters = chosen_parameters(survey, selection)
     _check(survey, selection, parameters)
     install_hooks()
     made = {
@@ -94,10 +91,7 @@ def _check(survey: Survey, selection: Selection, parameters: Mapping[str, nn.Par
     if attached:  # a second tuner would freeze the values of the first
         name = next((name for name in attached if name in parameters), attached[0])
         raise ValueError(f"{name} is attached already: detach its tuner first")
-    names: dict[nn.Parameter, str] = {}
     for name, p in parameters.items():
-        if (first := names.setdefault(p, name)) != name:
-            raise ValueError(f"{first} and {name} are one parameter: name it once")
         if name in survey.scripted:
             raise TypeError(f"{name} belongs to a scripted module, whose multiplications cannot be intercepted")
         if reason := unfit(p):

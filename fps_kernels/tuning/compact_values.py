@@ -112,8 +112,7 @@ class SelectedEntries(nn.Module):
     def memory(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weight's memory as a matrix, with the CSR of the entries there."""
         with torch._C.DisableTorchFunctionSubclass():
-            view, position = self.layout.writable_matrix(self.weight)
-        columns = self.selection.columns if position is None else position[self.selection.columns.long()]
+            view, columns = self.selection.in_memory(self.weight)
         return view, self.row_offsets, columns
 
     def _held(self) -> Tensor:

@@ -1,8 +1,6 @@
 """AdamW on the chosen entries only: compact state, one kernel call a step, every other entry keeps its bits."""
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
 from typing import Any, overload
 
 import torch
@@ -12,8 +10,11 @@ from torch.optim import Optimizer
 from fps_kernels import ops
 from fps_kernels.selection import Selection, WeightSelection
 from fps_kernels.tuning.compact_values import entries_of
+from fps_kernels.tuning.groups import Options, chosen_parameters, grouped
+from fps_kernels.tuning.optimizer_checks import check_options, check_parameter, check_state, checksum
 from fps_kernels.tuning.tuner import Tuner
-from fps_kernels.weights.matrix import MatrixLayout, is_simulated, unfit
+from fps_kernels.weights.matrix import MatrixLayout
+from fps_kernels.weights.survey import Survey
 
 _STATE = ("step", "exp_avg", "exp_avg_sq", "master")
 
@@ -22,7 +23,7 @@ def masked_parameters(
     model: nn.Module,
     selection: Selection | Mapping[str, Tensor],
     *,
-    options: Callable[[str, nn.Parameter], Mapping[str, Any]] | None = None,
+    options: Options | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for :class:`MaskedAdamW`: the chosen entries of the selected weights, and the dense parameters.
 
@@ -49,27 +50,19 @@ def masked_parameters(
         >>> groups = fps.masked_parameters(model, {"fc.weight": model.fc.weight.abs() > 0.1})
         >>> optimizer = fps.MaskedAdamW(groups, lr=1e-3)
     """
-    if not isinstance(selection, Selection):
-        selection = Selection.from_masks(selection)
-    parameters = selection.check(model)
-    if not parameters:
-        raise ValueError("the selection is empty: it names no parameter")
-    groups: list[dict[str, Any]] = []
-    first_names: dict[nn.Parameter, str] = {}
+    selection, parameters = chosen_parameters(Survey.of(model), selection)
     for name, p in parameters.items():
-        if (first := first_names.setdefault(p, name)) != name:
-            raise ValueError(f"{first} and {name} are one parameter: name it once")
         if not p.requires_grad:
             raise ValueError(f"{name} is selected but does not require gradients: call .requires_grad_() on it")
-        chosen = dict(options(name, p)) if options is not None else {}
-        group = next((g for g in groups if g["options"] == chosen), None)
-        if group is None:
-            group = {"params": [], "names": [], "selections": [], "options": chosen}
-            groups.append(group)
-        group["params"].append(p)
-        group["names"].append(name)
-        group["selections"].append(selection.weights.get(name))
-    return [{**{k: v for k, v in g.items() if k != "options"}, **g["options"]} for g in groups]
+    return [
+        {
+            "params": list(members.values()),
+            "names": list(members),
+            "selections": [selection.weights.get(name) for name in members],
+            **chosen,
+        }
+        for chosen, members in grouped(parameters.items(), options)
+    ]
 
 
 class MaskedAdamW(Optimizer):
@@ -147,7 +140,7 @@ class MaskedAdamW(Optimizer):
         group = dict(param_group)
         names = group.pop("names", None)
         selections = group.pop("selections", None)
-        _check_options({**self.defaults, **group})
+        check_options({**self.defaults, **group})
         if isinstance(group["params"], set):
             raise TypeError("params must be in an order that stays the same: give a list instead of a set")
         items = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
@@ -161,7 +154,7 @@ class MaskedAdamW(Optimizer):
                 raise ValueError(f"{argument} must have one item per parameter, got {len(given)} for {len(params)}")
         placed: dict[Tensor, WeightSelection] = {}
         for label, p, selection in zip(labels, params, selections, strict=True):
-            _check_parameter(label, p)
+            check_parameter(label, p)
             if p in placed:
                 raise ValueError(f"{label} appears twice in its group")
             if not isinstance(selection, WeightSelection | None):
@@ -176,13 +169,17 @@ class MaskedAdamW(Optimizer):
                     f"zero_grads=True leaves the other gradients of {label} as they are: it needs weights that are attached "
                     "or tuned whole"
                 )
-            placed[p] = _full(p) if selection is None else selection.to(p.device)
+            placed[p] = (
+                WeightSelection.whole(MatrixLayout(tuple(p.shape)), p.device)
+                if selection is None
+                else selection.to(p.device)
+            )
             if entries is not None:
                 continue
             if placed[p].layout.parameter_shape != tuple(p.shape):
                 expected = list(placed[p].layout.parameter_shape)
                 raise ValueError(f"{label} has shape {list(p.shape)}, its selection is for {expected}")
-        group["checksums"] = [_checksum(selection) for selection in placed.values()]
+        group["checksums"] = [checksum(selection) for selection in placed.values()]
         super().add_param_group(group)
         self._selections.update(placed)
 
@@ -296,8 +293,7 @@ class MaskedAdamW(Optimizer):
                 if selection.layout.parameter_shape != tuple(p.shape):
                     expected = list(selection.layout.parameter_shape)
                     raise ValueError(f"a parameter of shape {expected} has shape {list(p.shape)} now: make a new optimizer")
-                view, position = selection.layout.writable_matrix(p)
-                columns = selection.columns if position is None else position[selection.columns.long()]
+                view, columns = selection.in_memory(p)
                 views = (view, selection.row_offsets, columns)
             self._views[p] = (origin, views)
         return views
@@ -344,7 +340,7 @@ class MaskedAdamW(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         if len(ids) == len(params):
             for i, p in zip(ids, params, strict=True):
-                _check_state(i, state_dict["state"].get(i), self._selections[p].nnz)
+                check_state(i, state_dict["state"].get(i), self._selections[p].nnz)
         super().load_state_dict(state_dict)
         # torch casts state to the dtype of the parameter; moments and masters of 16-bit weights are float32.
         for i, p in zip(ids, params, strict=True):
@@ -360,62 +356,3 @@ class MaskedAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_selections": self._selections}
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    lr, betas = options["lr"], options["betas"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"lr must hold one number, got shape {list(lr.shape)}")
-    elif not isinstance(lr, Real):
-        raise TypeError(f"lr must be a number or a tensor, got {lr!r}")
-    elif not float(lr) >= 0:
-        raise ValueError(f"lr must not be negative, got {lr}")
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise TypeError(f"betas must be two numbers, got {betas!r}")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must lie in [0, 1), got {betas}")
-    for name in ("eps", "weight_decay"):
-        if not options[name] >= 0:
-            raise ValueError(f"{name} must not be negative, got {options[name]}")
-
-
-def _check_parameter(label: str, p: Any) -> None:
-    if not isinstance(p, Tensor):
-        raise TypeError(f"{label} must be a tensor, got {type(p).__name__}")
-    if reason := unfit(p):
-        raise TypeError(f"{label} cannot be tuned: {reason}")
-    if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
-        raise ValueError(f"{label} is an expanded tensor, whose entries share memory: give it its own with .clone()")
-    try:
-        MatrixLayout(tuple(p.shape)).writable_matrix(p)
-    except ValueError as error:
-        raise ValueError(f"{label}: {error}") from error
-
-
-def _check_state(index: int, state: Mapping[str, Any] | None, nnz: int) -> None:
-    """A parameter without a gradient so far has no state; any other has all of it."""
-    if not state:
-        return
-    for key in ("step", "exp_avg", "exp_avg_sq"):
-        if not isinstance(state.get(key), Tensor):
-            raise ValueError(f"the state of parameter {index} lacks {key}")
-    for key in ("exp_avg", "exp_avg_sq", "master"):
-        if key in state and tuple(state[key].shape) != (nnz,):
-            raise ValueError(f"the state of parameter {index}: {key} has shape {list(state[key].shape)}, expected [{nnz}]")
-
-
-def _full(p: Tensor) -> WeightSelection:
-    """Every entry of a parameter that is tuned whole."""
-    layout = MatrixLayout(tuple(p.shape))
-    rows, columns = layout.shape
-    row_offsets = torch.arange(rows + 1, dtype=torch.int32, device=p.device) * columns
-    every = torch.arange(columns, dtype=torch.int32, device=p.device).repeat(rows)
-    return WeightSelection(layout, row_offsets, every)
-
-
-def _checksum(selection: WeightSelection) -> int:
-    if is_simulated(selection.columns):
-        return 0
-    first = zlib.crc32(selection.row_offsets.cpu().numpy().tobytes())
-    return zlib.crc32(selection.columns.cpu().numpy().tobytes(), first)

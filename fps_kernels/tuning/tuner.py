@@ -1,6 +1,6 @@
 """A model of which only chosen entries are trained."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fps_kernels.selection import Selection
 from fps_kernels.tuning.compact_values import SelectedEntries
+from fps_kernels.tuning.groups import Options, grouped
 from fps_kernels.tuning.tuned_weight import become_plain
 
 
@@ -63,7 +64,7 @@ class Tuner:
         for _, p in self.named_parameters():
             yield p
 
-    def param_groups(self, options: Callable[[str, nn.Parameter], Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:
+    def param_groups(self, options: Options | None = None) -> list[dict[str, Any]]:
         """Parameter groups for any optimizer.
 
         Args:
@@ -74,14 +75,8 @@ class Tuner:
             >>> groups = tuner.param_groups(lambda name, p: {"weight_decay": 0.0 if name in tuner.dense else 0.05})
             >>> optimizer = fps.MaskedAdamW(groups, lr=1e-3)
         """
-        groups: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
-        for name, p in self.named_parameters():
-            chosen = dict(options(name, p)) if options is not None else {}
-            members = next((members for known, members in groups if known == chosen), None)
-            if members is None:
-                groups.append((chosen, members := []))
-            members.append(p)
-        return [{"params": members, **chosen} for chosen, members in groups]
+        groups = grouped(self.named_parameters(), options)
+        return [{"params": list(members.values()), **chosen} for chosen, members in groups]
 
     def write_back(self) -> None:
         """Write the compact values into the weights. Optimizers that are a ``torch.optim.Optimizer`` do so by themselves.
