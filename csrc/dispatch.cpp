@@ -1,6 +1,6 @@
 // The C ABI of the library, and the choice of the instruction set behind it.
 //
-// Compiled for the base instruction set only. Arguments arrive validated (fps_kernels/ops/__init__.py); what can still go
+// Compiled for the base instruction set only. Arguments arrive validated (fps_kernels/ops/_checks.py); what can still go
 // wrong comes back as a `Status`.
 #include "kernels.h"
 
@@ -14,7 +14,7 @@ namespace {
 
 using namespace fps;
 
-constexpr int ABI = 2; // native.py refuses a library left over from another version
+constexpr int ABI = 3; // native.py refuses a library left over from another version
 
 #define FPS_TABLE(isa)                                                                                                      \
     {                                                                                                                       \
@@ -67,9 +67,8 @@ FPS_API int fps_set_isa(int isa) {
     return __atomic_exchange_n(&isa_now, isa, __ATOMIC_RELAXED);
 }
 
-FPS_API int fps_column_norm(const void* x, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int64_t dtype,
-                            double* acc, int64_t order, int threads) {
-    return kernels().column_norm({x, rows, cols, row_stride, col_stride, dtype, nullptr, 1}, acc, order, threads);
+FPS_API int fps_column_norm(const Matrix* x, double* acc, int64_t order, int threads) {
+    return kernels().column_norm(*x, acc, order, threads);
 }
 
 FPS_API int fps_column_norm_conv2d(const Images* x, const Convolution* conv, double* acc, int64_t order, int threads) {
@@ -90,18 +89,15 @@ FPS_API int fps_score_select(const Matrix* w, const float* threshold, int64_t ti
     return kernels().score_select(*w, *threshold, ties, nnz, row_offsets, columns, threads);
 }
 
-FPS_API int fps_sampled_grad(const Images* gy, const Images* x, const Convolution* conv, int64_t groups,
-                             const int32_t* row_offsets, const int32_t* columns, float* grad, int threads) {
-    return kernels().sampled_grad(*gy, *x, *conv, groups, row_offsets, columns, grad, threads);
+FPS_API int fps_sampled_grad(const Images* gy, const Images* x, const Convolution* conv, const int32_t* row_offsets,
+                             const int32_t* columns, float* grad, int threads) {
+    return kernels().sampled_grad(*gy, *x, *conv, row_offsets, columns, grad, threads);
 }
 
 FPS_API int fps_scatter_values(const Update* w, const void* values, int64_t values_dtype, int threads) {
     return kernels().scatter_values(*w, values, values_dtype, threads);
 }
 
-FPS_API int fps_masked_adamw(const Update* updates, int64_t n, const double* lrs, const double* weight_decays, double beta1,
-                             double beta2, double eps, int64_t maximize, const float* grad_scale, const float* found_inf,
-                             int64_t zero_grads, int threads) {
-    const AdamW how = {lrs, weight_decays, beta1, beta2, eps, maximize, grad_scale, found_inf, zero_grads};
-    return kernels().masked_adamw(updates, n, how, threads);
+FPS_API int fps_masked_adamw(const Update* updates, int64_t n, const AdamW* how, int threads) {
+    return kernels().masked_adamw(updates, n, *how, threads);
 }

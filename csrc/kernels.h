@@ -34,6 +34,7 @@ struct Convolution { // index 0 is vertical, 1 horizontal
     int64_t kernel[2], stride[2], dilation[2];
     int64_t top, left;  // rows and columns of zeros before the image
     int64_t outputs[2]; // output positions
+    int64_t groups;
 };
 
 struct Update { // one tensor of masked_adamw
@@ -50,7 +51,7 @@ struct Update { // one tensor of masked_adamw
     float* step;
 };
 
-struct AdamW {
+struct AdamW { // of all tensors of masked_adamw
     const double* lrs;
     const double* weight_decays;
     double beta1, beta2, eps;
@@ -61,30 +62,38 @@ struct AdamW {
 };
 
 // `threads` is torch's number of threads: it only decides whether to open a parallel region at all.
-struct Kernels {
-    int (*column_norm)(const Matrix& x, double* acc, int64_t order, int threads);
-    int (*column_norm_conv2d)(const Images& x, const Convolution& conv, double* acc, int64_t order, int threads);
-    int (*score_topk)(const Matrix& w, int64_t k, int32_t* columns, int threads);
-    int (*score_kth)(const Matrix* w, int64_t n, int64_t k, float* threshold, int64_t* greater, int64_t* equal, int threads);
-    int (*score_select)(const Matrix& w, float threshold, int64_t ties, int64_t nnz, int32_t* row_offsets, int32_t* columns,
+typedef int ColumnNorm(const Matrix& x, double* acc, int64_t order, int threads);
+typedef int ColumnNormConv2d(const Images& x, const Convolution& conv, double* acc, int64_t order, int threads);
+typedef int ScoreTopk(const Matrix& w, int64_t k, int32_t* columns, int threads);
+typedef int ScoreKth(const Matrix* w, int64_t n, int64_t k, float* threshold, int64_t* greater, int64_t* equal, int threads);
+typedef int ScoreSelect(const Matrix& w, float threshold, int64_t ties, int64_t nnz, int32_t* row_offsets, int32_t* columns,
                         int threads);
-    int (*sampled_grad)(const Images& gy, const Images& x, const Convolution& conv, int64_t groups, const int32_t* row_offsets,
+typedef int SampledGrad(const Images& gy, const Images& x, const Convolution& conv, const int32_t* row_offsets,
                         const int32_t* columns, float* grad, int threads);
-    int (*scatter_values)(const Update& w, const void* values, int64_t values_dtype, int threads);
-    int (*masked_adamw)(const Update* updates, int64_t n, const AdamW& how, int threads);
+typedef int ScatterValues(const Update& w, const void* values, int64_t values_dtype, int threads);
+typedef int MaskedAdamW(const Update* updates, int64_t n, const AdamW& how, int threads);
+
+struct Kernels {
+    ColumnNorm* column_norm;
+    ColumnNormConv2d* column_norm_conv2d;
+    ScoreTopk* score_topk;
+    ScoreKth* score_kth;
+    ScoreSelect* score_select;
+    SampledGrad* sampled_grad;
+    ScatterValues* scatter_values;
+    MaskedAdamW* masked_adamw;
 };
 
 #define FPS_DECLARE_KERNELS(isa)                                                                                            \
     namespace isa {                                                                                                         \
-    int column_norm(const Matrix&, double*, int64_t, int);                                                                  \
-    int column_norm_conv2d(const Images&, const Convolution&, double*, int64_t, int);                                       \
-    int score_topk(const Matrix&, int64_t, int32_t*, int);                                                                  \
-    int score_kth(const Matrix*, int64_t, int64_t, float*, int64_t*, int64_t*, int);                                        \
-    int score_select(const Matrix&, float, int64_t, int64_t, int32_t*, int32_t*, int);                                      \
-    int sampled_grad(const Images&, const Images&, const Convolution&, int64_t, const int32_t*, const int32_t*, float*,      \
-                     int);                                                                                                  \
-    int scatter_values(const Update&, const void*, int64_t, int);                                                           \
-    int masked_adamw(const Update*, int64_t, const AdamW&, int);                                                            \
+    ColumnNorm column_norm;                                                                                                 \
+    ColumnNormConv2d column_norm_conv2d;                                                                                    \
+    ScoreTopk score_topk;                                                                                                   \
+    ScoreKth score_kth;                                                                                                     \
+    ScoreSelect score_select;                                                                                               \
+    SampledGrad sampled_grad;                                                                                               \
+    ScatterValues scatter_values;                                                                                           \
+    MaskedAdamW masked_adamw;                                                                                               \
     }
 
 FPS_DECLARE_KERNELS(base)

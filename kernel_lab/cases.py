@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fps_kernels.ops import triton as backend
+from fps_kernels.ops.records import AdamWStep, Convolution
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SECTOR = 32  # bytes: the least that memory moves for a scattered entry
@@ -38,6 +39,11 @@ def tensor(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
 
 def _size(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _square(k: int, stride: int, padding: int, groups: int = 1) -> Convolution:
+    """The same in both directions, without dilation."""
+    return Convolution((k, k), (stride, stride), (padding, padding, padding, padding), (1, 1), groups)
 
 
 def vit_weights(blocks: int, width: int, dtype: torch.dtype) -> list[Tensor]:
@@ -76,7 +82,7 @@ def _column_norms() -> Iterator[Case]:
 def _convolutions() -> Iterator[Case]:
     def case(name: str, x: Tensor, k: int, stride: int, padding: int, ord: float = 1.0, wide: bool = False) -> Case:
         acc = tensor(1, x.shape[1] * k * k, dtype=torch.float64)
-        arguments = (x, acc, [k, k], [stride, stride], [padding] * 4, [1, 1], 1, ord)
+        arguments = (x, acc, _square(k, stride, padding), ord)
         return Case(f"column_norm_conv2d {name}", backend.column_norm_conv2d_, arguments, _size(x) + 2 * _size(acc), wide)
 
     for dtype in (BF16, FP32):
@@ -183,7 +189,7 @@ def _conv_gradients() -> Iterator[Case]:
         if x.stride(1) == 1:
             gy = gy.to(memory_format=torch.channels_last)
         csr = _csr(O, O * per_output)
-        arguments = (gy, x, *csr, [k, k], [stride, stride], [padding] * 4, [1, 1], groups)
+        arguments = (gy, x, *csr, _square(k, stride, padding, groups))
         return Case(f"sampled_grad_conv2d {name}", backend.sampled_grad_conv2d, arguments, _size(gy, x) + 8 * O, False)
 
     for dtype in (BF16, FP16, FP32):
@@ -203,7 +209,7 @@ def _updates() -> Iterator[Case]:
     def adamw(name: str, weights: list[Tensor], compact: bool, scaler: bool, zero: bool = False) -> Case:
         counts = [W.numel() // 100 for W in weights]
         dtype = weights[0].dtype
-        arguments = (
+        step = AdamWStep(
             weights,
             [tensor(n, dtype=dtype) for n in counts] if compact else [torch.empty_like(W) for W in weights],
             [tensor(W.shape[0] + 1, dtype=torch.int32) for W in weights],
@@ -224,9 +230,7 @@ def _updates() -> Iterator[Case]:
         )
         weight = 2 * SECTOR if dtype == FP32 else SECTOR + 2 * 4  # read and written, or written, beside its master
         grad = (weights[0].element_size() if compact else SECTOR) * (2 if zero else 1)
-        return Case(
-            f"masked_adamw {name}", backend.masked_adamw_, arguments, sum(counts) * (4 + 4 * 4 + weight + grad), False
-        )
+        return Case(f"masked_adamw {name}", backend.masked_adamw_, (step,), sum(counts) * (4 + 4 * 4 + weight + grad), False)
 
     yield adamw("ViT-B/16, 1 %, fp32, dense gradients", vit_weights(12, 768, FP32), compact=False, scaler=False)
     yield adamw("ViT-B/16, 1 %, fp32, compact gradients", vit_weights(12, 768, FP32), compact=True, scaler=False)
@@ -243,13 +247,13 @@ def _extremes() -> Iterator[Case]:
     """Sizes of 1, which Triton compiles in, and sizes and strides beyond 32 bits, which change the types of arguments."""
     one, int32 = tensor(1, 1), torch.int32
     far = torch.empty_strided((48, 768), (2**31 + 16, 1), device="meta")  # a slice of something huge
-    taps = [1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, 1.0  # without the last: no order of a norm
+    pointwise = _square(1, 1, 0)
     calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = [
         (backend.column_norm_, (one, tensor(1, dtype=torch.float64), 1.0)),
         (backend.column_norm_, (tensor(2**31 + 16, 1), tensor(1, dtype=torch.float64), float("inf"))),
         (backend.column_norm_, (far, tensor(768, dtype=torch.float64), 2.0)),
-        (backend.column_norm_conv2d_, (tensor(1, 1, 1, 1), tensor(1, 1, dtype=torch.float64), *taps)),
-        (backend.column_norm_conv2d_, (tensor(2, 3, 40_000, 40_000), tensor(1, 3, dtype=torch.float64), *taps)),
+        (backend.column_norm_conv2d_, (tensor(1, 1, 1, 1), tensor(1, 1, dtype=torch.float64), pointwise, 1.0)),
+        (backend.column_norm_conv2d_, (tensor(2, 3, 40_000, 40_000), tensor(1, 3, dtype=torch.float64), pointwise, 1.0)),
     ]
     calls += [
         (backend.sampled_grad, (one, one, *_csr(1, 1))),
@@ -257,10 +261,10 @@ def _extremes() -> Iterator[Case]:
         (backend.sampled_grad, (far, far, *_csr(768, 768))),
         (backend.sampled_grad, (far, far, *_csr(768, 76_800))),
         (backend.sampled_grad, (tensor(2**31 + 16, 1), tensor(2**31 + 16, 900), *_csr(1, 1))),
-        (backend.sampled_grad_conv2d, (tensor(1, 1, 1, 1), tensor(1, 1, 1, 1), *_csr(1, 1), *taps[:5])),
+        (backend.sampled_grad_conv2d, (tensor(1, 1, 1, 1), tensor(1, 1, 1, 1), *_csr(1, 1), pointwise)),
         (
             backend.sampled_grad_conv2d,
-            (tensor(2, 3, 40_000, 40_000), tensor(2, 3, 40_000, 40_000), *_csr(3, 3), *taps[:5]),
+            (tensor(2, 3, 40_000, 40_000), tensor(2, 3, 40_000, 40_000), *_csr(3, 3), pointwise),
         ),
     ]
     for W in (one, far):

@@ -264,12 +264,12 @@ int sampled_grad_in_parts(const Images& gy, const Images& x, const Convolution& 
 
 } // namespace
 
-int fps::FPS_ISA::sampled_grad(const Images& gy, const Images& x, const Convolution& conv, int64_t groups,
-                               const int32_t* row_offsets, const int32_t* columns, float* grad, int threads) {
+int fps::FPS_ISA::sampled_grad(const Images& gy, const Images& x, const Convolution& conv, const int32_t* row_offsets,
+                               const int32_t* columns, float* grad, int threads) {
     Images flat_gy = gy, flat_x = x;
     Convolution flat = conv;
     flatten(&flat_gy, &flat_x, &flat);
-    const Selection w = {row_offsets, columns, gy.channels, groups, x.channels / groups};
+    const Selection w = {row_offsets, columns, gy.channels, conv.groups, x.channels / conv.groups};
     return with_dtype(gy.dtype, [&](auto output) {
         return with_dtype(x.dtype, [&](auto input) {
             return sampled_grad_in_parts<decltype(output), decltype(input)>(flat_gy, flat_x, flat, w, grad, threads);

@@ -11,6 +11,7 @@ from fps_kernels.ops._checks import FLOAT_DTYPES, MAX_NNZ, ORDS
 from fps_kernels.ops._dispatch import BackendUnavailableError, backend_for, interpreted, use_backend
 from fps_kernels.ops.gradients import sampled_grad, sampled_grad_conv2d
 from fps_kernels.ops.norms import column_norm_, column_norm_conv2d_
+from fps_kernels.ops.records import Convolution
 from fps_kernels.ops.scores import score_kth, score_select, score_topk
 from fps_kernels.ops.updates import masked_adamw_, scatter_values_
 
@@ -19,6 +20,7 @@ __all__ = [
     "MAX_NNZ",
     "ORDS",
     "BackendUnavailableError",
+    "Convolution",
     "backend_for",
     "column_norm_",
     "column_norm_conv2d_",

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fps_kernels.ops.records import Convolution
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ORDS = (1.0, 2.0, float("inf"))
 MAX_NNZ = 2**31 - 1
@@ -92,15 +94,15 @@ def check_csr(rows: int, device: torch.device, row_offsets: Tensor, columns: Ten
     check_shape(f"row_offsets{where}", row_offsets, (rows + 1,))
 
 
-def check_convolution(
+def checked_convolution(
     x: Tensor,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> tuple[int, int]:
-    """The height and width of the output of a convolution of ``x``, after every check of its geometry."""
+) -> Convolution:
+    """The geometry of a convolution of ``x``, after every check of it."""
     if x.dim() != 4:
         raise ValueError(f"x must be [B, C_in, H, W], got shape {list(x.shape)}")
     for name, value, length in (
@@ -114,13 +116,14 @@ def check_convolution(
             raise ValueError(f"{name} must be {length} integers of at least {least}, got {list(value)}")
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups}")
-    outputs = []
-    for size, before, after, kernel, step, spread in (
-        (x.shape[2], padding[0], padding[1], kernel_size[0], stride[0], dilation[0]),
-        (x.shape[3], padding[2], padding[3], kernel_size[1], stride[1], dilation[1]),
-    ):
-        room = size + before + after - spread * (kernel - 1) - 1
-        if room < 0:
-            raise ValueError(f"kernel_size {list(kernel_size)} does not fit into the padded x of shape {list(x.shape)}")
-        outputs.append(room // step + 1)
-    return outputs[0], outputs[1]
+    top, bottom, left, right = padding
+    convolution = Convolution(
+        (kernel_size[0], kernel_size[1]),
+        (stride[0], stride[1]),
+        (top, bottom, left, right),
+        (dilation[0], dilation[1]),
+        groups,
+    )
+    if min(convolution.output_size(x)) < 1:
+        raise ValueError(f"kernel_size {list(kernel_size)} does not fit into the padded x of shape {list(x.shape)}")
+    return convolution

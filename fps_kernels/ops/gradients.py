@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fps_kernels.ops._checks import check_convolution, check_csr, check_device, check_float, check_shape
+from fps_kernels.ops._checks import check_csr, check_device, check_float, check_shape, checked_convolution
 from fps_kernels.ops._dispatch import implementation
 
 
@@ -93,17 +93,17 @@ def sampled_grad_conv2d(
     check_float("gy", gy)
     check_float("x", x)
     check_device("x", x, gy.device)
-    outputs = check_convolution(x, kernel_size, stride, padding, dilation, groups)
+    convolution = checked_convolution(x, kernel_size, stride, padding, dilation, groups)
     if gy.dim() != 4:
         raise ValueError(f"gy must be [B, O, H_out, W_out], got shape {list(gy.shape)}")
-    check_shape("gy", gy, (x.shape[0], gy.shape[1], *outputs))
+    check_shape("gy", gy, (x.shape[0], gy.shape[1], *convolution.output_size(x)))
     if gy.shape[1] % groups:
         raise ValueError(f"groups must divide the {gy.shape[1]} channels of gy, got {groups}")
     check_csr(gy.shape[1], gy.device, row_offsets, columns)
     if columns.numel() == 0 or gy.numel() == 0:
         return torch.zeros(columns.numel(), dtype=torch.float32, device=gy.device)
     result: Tensor = implementation("sampled_grad_conv2d", gy.device).sampled_grad_conv2d(
-        gy, x, row_offsets, columns, list(kernel_size), list(stride), list(padding), list(dilation), groups
+        gy, x, row_offsets, columns, convolution
     )
     return result
 

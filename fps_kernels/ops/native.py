@@ -8,7 +8,7 @@ or ``avx512``) caps the instruction set, which otherwise is the best that the pr
 import ctypes
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 2
+from fps_kernels.ops.records import AdamWStep, Convolution
+
+ABI = 3
 ISAS = ("base", "avx2", "avx512")
 LIBRARY = "libfps_kernels.so"
 
 _OUT_OF_MEMORY, _WRONG_COUNT = 1, 2
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_POINTWISE = Convolution((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
 _ORDS = {1.0: 1, 2.0: 2, float("inf"): 3}
 
 _P, _N, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
@@ -31,15 +34,31 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fps_best_isa": [],
     "fps_isa": [],
     "fps_set_isa": [_INT],
-    "fps_column_norm": [_P, _N, _N, _N, _N, _N, _P, _N, _INT],
+    "fps_column_norm": [_P, _P, _N, _INT],
     "fps_column_norm_conv2d": [_P, _P, _P, _N, _INT],
     "fps_score_topk": [_P, _N, _P, _INT],
     "fps_score_kth": [_P, _N, _N, _P, _P, _P, _INT],
     "fps_score_select": [_P, _P, _N, _N, _P, _P, _INT],
-    "fps_sampled_grad": [_P, _P, _P, _N, _P, _P, _P, _INT],
+    "fps_sampled_grad": [_P, _P, _P, _P, _P, _P, _INT],
     "fps_scatter_values": [_P, _P, _N, _INT],
-    "fps_masked_adamw": [_P, _N, _P, _P, _DOUBLE, _DOUBLE, _DOUBLE, _N, _P, _P, _N, _INT],
+    "fps_masked_adamw": [_P, _N, _P, _INT],
 }
+
+
+class _AdamW(ctypes.Structure):
+    """``AdamW`` in ``csrc/kernels.h``."""
+
+    _fields_ = (
+        ("lrs", _P),
+        ("weight_decays", _P),
+        ("beta1", _DOUBLE),
+        ("beta2", _DOUBLE),
+        ("eps", _DOUBLE),
+        ("maximize", _N),
+        ("grad_scale", _P),
+        ("found_inf", _P),
+        ("zero_grads", _N),
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the library
@@ -144,16 +163,18 @@ def _table(values: Iterable[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(values))(*values)
 
 
+def _matrix(W: Tensor, a: Tensor | None = None) -> tuple[int, ...]:
+    """The fields of ``Matrix`` in ``csrc/kernels.h``."""
+    factors = (0, 1) if a is None else (a.data_ptr(), a.shape[0])
+    return (W.data_ptr(), *W.shape, *W.stride(), _DTYPES[W.dtype], *factors)
+
+
 # ------------------------------------------------------------------------------------------------ norms
 
 
 def column_norm_(x: Tensor, acc: Tensor, ord: float) -> None:
     """:func:`.reference.column_norm_` in one read of ``x`` ``[M, C]``, any strides."""
-    rows, cols = x.shape
-    status = _library().fps_column_norm(
-        x.data_ptr(), rows, cols, *x.stride(), _DTYPES[x.dtype], acc.data_ptr(), _ORDS[ord], torch.get_num_threads()
-    )
-    _check(status)
+    _check(_library().fps_column_norm(_table(_matrix(x)), acc.data_ptr(), _ORDS[ord], torch.get_num_threads()))
 
 
 def _images(x: Tensor) -> ctypes.Array[ctypes.c_int64]:
@@ -161,14 +182,16 @@ def _images(x: Tensor) -> ctypes.Array[ctypes.c_int64]:
     return _table((x.data_ptr(), *x.shape, *x.stride(), _DTYPES[x.dtype]))
 
 
+def _geometry(convolution: Convolution, x: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    """The fields of ``Convolution`` in ``csrc/kernels.h``."""
+    kernel_size, stride, (top, _, left, _), dilation, groups = convolution
+    return _table((*kernel_size, *stride, *dilation, top, left, *convolution.output_size(x), groups))
+
+
 def column_norm_conv2d_(
     x: Tensor,
     acc: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    convolution: Convolution,
     ord: float,
 ) -> None:
     """:func:`.reference.column_norm_conv2d_` in one read of ``x`` ``[B, C_in, H, W]``.
@@ -176,26 +199,11 @@ def column_norm_conv2d_(
     A column belongs to one channel whatever its group, and ``acc`` ``[groups, C_in/groups * kh * kw]`` lists the channels in
     order: the groups need no treatment of their own.
     """
-    top, bottom, left, right = padding
-    outputs = [
-        (size + before + after - spread * (kernel - 1) - 1) // step + 1
-        for size, before, after, kernel, step, spread in (
-            (x.shape[2], top, bottom, kernel_size[0], stride[0], dilation[0]),
-            (x.shape[3], left, right, kernel_size[1], stride[1], dilation[1]),
-        )
-    ]
-    convolution = _table((*kernel_size, *stride, *dilation, top, left, *outputs))
-    _check(
-        _library().fps_column_norm_conv2d(_images(x), convolution, acc.data_ptr(), _ORDS[ord], torch.get_num_threads()),
-    )
+    geometry = _geometry(convolution, x)
+    _check(_library().fps_column_norm_conv2d(_images(x), geometry, acc.data_ptr(), _ORDS[ord], torch.get_num_threads()))
 
 
 # ------------------------------------------------------------------------------------------------ scores
-
-
-def _matrix(W: Tensor, a: Tensor) -> tuple[int, ...]:
-    """The fields of ``Matrix`` in ``csrc/kernels.h``."""
-    return (W.data_ptr(), *W.shape, *W.stride(), _DTYPES[W.dtype], a.data_ptr(), a.shape[0])
 
 
 def score_topk(W: Tensor, a: Tensor, k: int) -> Tensor:
@@ -242,7 +250,7 @@ def score_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) -
 def sampled_grad(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor) -> Tensor:
     """:func:`.reference.sampled_grad`: a 1x1 convolution of one image, one row high, whose channels are the columns."""
     image_gy, image_x = (one.t()[None, :, None] for one in (gy, x))
-    return sampled_grad_conv2d(image_gy, image_x, row_offsets, columns, [1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1)
+    return sampled_grad_conv2d(image_gy, image_x, row_offsets, columns, _POINTWISE)
 
 
 def sampled_grad_conv2d(
@@ -250,20 +258,14 @@ def sampled_grad_conv2d(
     x: Tensor,
     row_offsets: Tensor,
     columns: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    convolution: Convolution,
 ) -> Tensor:
     """:func:`.reference.sampled_grad_conv2d` in one read of ``gy`` ``[B, O, H_out, W_out]``; ``x`` is not unfolded."""
-    top, _, left, _ = padding
     grad = torch.empty(columns.shape[0], dtype=torch.float32)
     status = _library().fps_sampled_grad(
         _images(gy),
         _images(x),
-        _table((*kernel_size, *stride, *dilation, top, left, *gy.shape[2:])),
-        groups,
+        _geometry(convolution, x),
         row_offsets.data_ptr(),
         columns.data_ptr(),
         grad.data_ptr(),
@@ -311,46 +313,24 @@ def _update(
     return _table(_update_fields(W, grad, row_offsets, columns, state))
 
 
-def masked_adamw_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    row_offsets: list[Tensor],
-    columns: list[Tensor],
-    masters: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    lrs: Tensor,
-    weight_decays: Sequence[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    zero_grads: bool,
-) -> None:
+def masked_adamw_(step: AdamWStep) -> None:
     """:func:`.reference.masked_adamw_` for all tensors in one call."""
     fields: list[int] = []
-    for W, grad, offsets, cols, master, exp_avg, exp_avg_sq, step in zip(
-        weights, grads, row_offsets, columns, masters, exp_avgs, exp_avg_sqs, steps, strict=True
-    ):
+    for W, grad, offsets, cols, master, exp_avg, exp_avg_sq, count in zip(*step[:8], strict=True):
         held = master.data_ptr() if master.numel() else 0
-        state = (held, exp_avg.data_ptr(), exp_avg_sq.data_ptr(), step.data_ptr())
+        state = (held, exp_avg.data_ptr(), exp_avg_sq.data_ptr(), count.data_ptr())
         fields.extend(_update_fields(W, grad, offsets, cols, state))
-    n = len(weights)
-    status = _library().fps_masked_adamw(
-        (ctypes.c_int64 * len(fields))(*fields),
-        n,
-        lrs.data_ptr(),
-        (ctypes.c_double * n)(*weight_decays),
-        beta1,
-        beta2,
-        eps,
-        maximize,
-        None if grad_scale is None else grad_scale.data_ptr(),
-        None if found_inf is None else found_inf.data_ptr(),
-        zero_grads,
-        torch.get_num_threads(),
+    n = len(step.weights)
+    how = _AdamW(
+        step.lrs.data_ptr(),
+        ctypes.addressof(decays := (ctypes.c_double * n)(*step.weight_decays)),
+        step.beta1,
+        step.beta2,
+        step.eps,
+        step.maximize,
+        None if step.grad_scale is None else step.grad_scale.data_ptr(),
+        None if step.found_inf is None else step.found_inf.data_ptr(),
+        step.zero_grads,
     )
-    _check(status)
+    _check(_library().fps_masked_adamw(_table(fields), n, ctypes.byref(how), torch.get_num_threads()))
+    del decays  # lived until here

@@ -7,8 +7,8 @@ from torch.library import custom_op
 
 from fps_kernels.ops._checks import (
     check_column_norm,
-    check_convolution,
     check_shape,
+    checked_convolution,
     row_views,
 )
 from fps_kernels.ops._dispatch import implementation
@@ -37,11 +37,6 @@ def column_norm_(x: Tensor, acc: Tensor, ord: float) -> None:
     for rows in row_views(x):
         if rows.numel():
             run(rows, acc, ord)
-
-
-@column_norm_.register_fake
-def _(x: Tensor, acc: Tensor, ord: float) -> None:
-    return None
 
 
 @custom_op("fps_kernels::column_norm_conv2d_", mutates_args=("acc",))
@@ -75,23 +70,7 @@ def column_norm_conv2d_(
         ValueError: wrong shape, device or number, or a kernel larger than the padded image.
     """
     check_column_norm(x, acc, ord)
-    check_convolution(x, kernel_size, stride, padding, dilation, groups)
+    convolution = checked_convolution(x, kernel_size, stride, padding, dilation, groups)
     check_shape("acc", acc, (groups, x.shape[1] // groups * kernel_size[0] * kernel_size[1]))
     if x.numel():
-        implementation("column_norm_conv2d_", x.device).column_norm_conv2d_(
-            x, acc, list(kernel_size), list(stride), list(padding), list(dilation), groups, ord
-        )
-
-
-@column_norm_conv2d_.register_fake
-def _(
-    x: Tensor,
-    acc: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    ord: float,
-) -> None:
-    return None
+        implementation("column_norm_conv2d_", x.device).column_norm_conv2d_(x, acc, convolution, ord)

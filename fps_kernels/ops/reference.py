@@ -8,6 +8,8 @@ of an entry is ``s_ij = |fl32(w_ij * a_gj)|``, one rounded float32 product. Argu
 import torch
 from torch import Tensor
 
+from fps_kernels.ops.records import AdamWStep, Convolution
+
 ROWS_PER_CHUNK = 1024  # bounds the scratch of the ops that go through rows in chunks
 ENTRIES_PER_CHUNK = 1024
 
@@ -32,21 +34,19 @@ def column_norm_(x: Tensor, acc: Tensor, ord: float) -> None:
 def column_norm_conv2d_(
     x: Tensor,
     acc: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    convolution: Convolution,
     ord: float,
 ) -> None:
     """:func:`column_norm_` of the unfolded ``x`` ``[B, C_in, H, W]`` into ``acc`` ``[groups, C_in/groups * kh * kw]``."""
-    top, bottom, left, right = padding
     for image in torch.split(x, 1):  # one image at a time bounds the unfolded copy
-        padded = torch.nn.functional.pad(image.double(), (left, right, top, bottom))
-        unfolded = torch.nn.functional.unfold(
-            padded, tuple(kernel_size), dilation=tuple(dilation), stride=tuple(stride)
-        )  # [1, C_in*kh*kw, L]
-        column_norm_(unfolded[0].t(), acc.view(-1), ord)
+        column_norm_(_unfolded(image.double(), convolution), acc.view(-1), ord)
+
+
+def _unfolded(image: Tensor, convolution: Convolution) -> Tensor:
+    """What the weight multiplies in one image ``[1, C_in, H, W]``: ``[positions, C_in * kh * kw]``."""
+    kernel_size, stride, (top, bottom, left, right), dilation, _ = convolution
+    padded = torch.nn.functional.pad(image, (left, right, top, bottom))
+    return torch.nn.functional.unfold(padded, kernel_size, dilation=dilation, stride=stride)[0].t()
 
 
 def score_topk(W: Tensor, a: Tensor, k: int) -> Tensor:
@@ -114,24 +114,17 @@ def sampled_grad_conv2d(
     x: Tensor,
     row_offsets: Tensor,
     columns: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    convolution: Convolution,
 ) -> Tensor:
     """:func:`sampled_grad` of ``gy`` ``[B, O, H_out, W_out]`` and the unfolded ``x`` ``[B, C_in, H, W]``."""
-    top, bottom, left, right = padding
+    kernel_size, groups = convolution.kernel_size, convolution.groups
     per_group = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
     group = entry_rows(row_offsets) // (gy.shape[1] // groups)
     unfolded_columns = (group * per_group + columns).int()
     grad = torch.zeros(columns.numel(), dtype=torch.float64, device=gy.device)
     for gy_image, image in zip(gy.split(1), x.split(1), strict=True):  # one image at a time bounds the unfolded copy
-        padded = torch.nn.functional.pad(image.float(), (left, right, top, bottom))
-        unfolded = torch.nn.functional.unfold(
-            padded, tuple(kernel_size), dilation=tuple(dilation), stride=tuple(stride)
-        )  # [1, C_in*kh*kw, L]
-        grad += sampled_grad(gy_image[0].flatten(1).t(), unfolded[0].t(), row_offsets, unfolded_columns)
+        unfolded = _unfolded(image.float(), convolution)
+        grad += sampled_grad(gy_image[0].flatten(1).t(), unfolded, row_offsets, unfolded_columns)
     return grad.float()
 
 
@@ -140,49 +133,32 @@ def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Ten
     W.index_put_((entry_rows(row_offsets), columns.long()), values.to(W.dtype))
 
 
-def masked_adamw_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    row_offsets: list[Tensor],
-    columns: list[Tensor],
-    masters: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    lrs: Tensor,
-    weight_decays: list[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    zero_grads: bool,
-) -> None:
+def masked_adamw_(step: AdamWStep) -> None:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) on the selected entries; no value changes where ``found_inf`` is set."""
-    if found_inf is not None and bool(found_inf):
-        if zero_grads:
+    weights, grads, row_offsets, columns, masters, exp_avgs, exp_avg_sqs, steps = step[:8]
+    if step.found_inf is not None and bool(step.found_inf):
+        if step.zero_grads:
             _zero(grads, row_offsets, columns)
         return
     for i, W in enumerate(weights):
         steps[i] += 1
-        step, lr = float(steps[i]), float(lrs[i])
+        count, lr = float(steps[i]), float(step.lrs[i])
         rows, cols = entry_rows(row_offsets[i]), columns[i].long()
         grad = (grads[i] if grads[i].dim() == 1 else grads[i][rows, cols]).float()
-        if grad_scale is not None:
-            grad = grad / grad_scale
-        if maximize:
+        if step.grad_scale is not None:
+            grad = grad / step.grad_scale
+        if step.maximize:
             grad = -grad
         value = masters[i] if masters[i].numel() else W[rows, cols]
-        value = value * (1 - lr * weight_decays[i])
-        exp_avgs[i].lerp_(grad, 1 - beta1)
-        exp_avg_sqs[i].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = (exp_avg_sqs[i].sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
-        value.addcdiv_(exp_avgs[i], denominator, value=-lr / (1 - beta1**step))
+        value = value * (1 - lr * step.weight_decays[i])
+        exp_avgs[i].lerp_(grad, 1 - step.beta1)
+        exp_avg_sqs[i].mul_(step.beta2).addcmul_(grad, grad, value=1 - step.beta2)
+        denominator = (exp_avg_sqs[i].sqrt() / (1 - step.beta2**count) ** 0.5).add_(step.eps)
+        value.addcdiv_(exp_avgs[i], denominator, value=-lr / (1 - step.beta1**count))
         if masters[i].numel():
             masters[i].copy_(value)
         scatter_values_(W, row_offsets[i], columns[i], value)
-    if zero_grads:
+    if step.zero_grads:
         _zero(grads, row_offsets, columns)
 
 

@@ -14,6 +14,7 @@ from fps_kernels.ops._checks import (
     check_shape,
 )
 from fps_kernels.ops._dispatch import implementation
+from fps_kernels.ops.records import AdamWStep
 
 
 @custom_op("fps_kernels::scatter_values_", mutates_args=("W",))
@@ -36,11 +37,6 @@ def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Ten
     check_shape("values", values, (columns.numel(),))
     if columns.numel():
         implementation("scatter_values_", W.device).scatter_values_(W, row_offsets, columns, values.contiguous())
-
-
-@scatter_values_.register_fake
-def _(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor) -> None:
-    return None
 
 
 @custom_op("fps_kernels::masked_adamw_", mutates_args=("weights", "grads", "masters", "exp_avgs", "exp_avg_sqs", "steps"))
@@ -142,7 +138,7 @@ def masked_adamw_(
         check_dtype(f"steps[{i}]", steps[i], torch.float32)
         check_device(f"steps[{i}]", steps[i], device)
         check_shape(f"steps[{i}]", steps[i], ())
-    implementation("masked_adamw_", device).masked_adamw_(
+    step = AdamWStep(
         list(weights),
         [g.contiguous() if g.dim() == 1 else g for g in grads],
         list(row_offsets),
@@ -161,26 +157,4 @@ def masked_adamw_(
         found_inf,
         zero_grads,
     )
-
-
-@masked_adamw_.register_fake
-def _(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    row_offsets: Sequence[Tensor],
-    columns: Sequence[Tensor],
-    masters: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    lrs: Tensor,
-    weight_decays: Sequence[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    zero_grads: bool,
-) -> None:
-    return None
+    implementation("masked_adamw_", device).masked_adamw_(step)

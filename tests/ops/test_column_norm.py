@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fps_kernels import ops
-from fps_kernels.ops import reference
+from fps_kernels.ops import Convolution, reference
 
 RELATIVE_BOUND = 1e-5  # stated in the docstring of column_norm_
 SHAPES = [(1, 1), (5, 3), (63, 60), (129, 33), (257, 130), (2, 515)]
@@ -108,17 +108,18 @@ CONVOLUTIONS = {
 }
 
 
-def run_convolution(x: Tensor, case: dict, acc: Tensor, ord: float, op=ops.column_norm_conv2d_) -> Tensor:
-    op(
-        x,
-        acc,
-        list(case["kernel"]),
-        list(case.get("stride", (1, 1))),
-        list(case.get("padding", (0, 0, 0, 0))),
-        list(case.get("dilation", (1, 1))),
-        case.get("groups", 1),
-        ord,
-    )
+def geometry(case: dict) -> Convolution:
+    stride, padding = case.get("stride", (1, 1)), case.get("padding", (0, 0, 0, 0))
+    return Convolution(case["kernel"], stride, padding, case.get("dilation", (1, 1)), case.get("groups", 1))
+
+
+def run_convolution(x: Tensor, case: dict, acc: Tensor, ord: float) -> Tensor:
+    ops.column_norm_conv2d_(x, acc, *geometry(case), ord)
+    return acc
+
+
+def expected_of_convolution(x: Tensor, case: dict, acc: Tensor, ord: float) -> Tensor:
+    reference.column_norm_conv2d_(x, acc, geometry(case), ord)
     return acc
 
 
@@ -139,7 +140,7 @@ def test_convolution_matches_unfold(backend, device, name, layout, ord):
     elif layout == "sliced":
         x = F.pad(x, (1, 2, 3, 0))[:, :, 3:, 1:-2]
     acc = convolution_accumulator(case, device)
-    expected = run_convolution(x, case, acc.clone(), ord, reference.column_norm_conv2d_)
+    expected = expected_of_convolution(x, case, acc.clone(), ord)
     run_convolution(x, case, acc, ord)
     assert_norm(acc, expected, ord)
 
@@ -148,7 +149,7 @@ def test_convolution_dtypes(backend, device, dtype):
     case = CONVOLUTIONS["strided"]
     x = torch.randn(case["shape"], device=device).to(dtype)
     acc = convolution_accumulator(case, device)
-    expected = run_convolution(x, case, acc.clone(), 1.0, reference.column_norm_conv2d_)
+    expected = expected_of_convolution(x, case, acc.clone(), 1.0)
     assert_norm(run_convolution(x, case, acc, 1.0), expected, 1.0)
 
 

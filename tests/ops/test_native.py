@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fps_kernels.ops import native, reference
+from fps_kernels.ops.records import AdamWStep, Convolution
 
 INF = float("inf")
 
@@ -63,7 +64,7 @@ def column_norm_conv2d(channels_last: bool, stride: int) -> Callable[[], list[Te
 
     def run() -> list[Tensor]:
         acc = torch.zeros(2, 12 * 15, dtype=torch.float64)
-        native.column_norm_conv2d_(x, acc, [3, 5], [stride, 1], [1, 0, 2, 2], [1, 2], 2, 1.0)
+        native.column_norm_conv2d_(x, acc, Convolution((3, 5), (stride, 1), (1, 0, 2, 2), (1, 2), 2), 1.0)
         return [acc]
 
     return run
@@ -98,7 +99,8 @@ def update(weight_dtype: torch.dtype, grad_dtype: torch.dtype) -> Callable[[], l
     def run() -> list[Tensor]:
         tuned, (master, exp_avg, exp_avg_sq), step = W.clone(), [s.clone() for s in state], torch.tensor(3.0)
         lists = ([tuned], [grad], [row_offsets], [columns], [master], [exp_avg], [exp_avg_sq], [step])
-        native.masked_adamw_(*lists, lrs, [0.1], 0.9, 0.999, 1e-8, False, torch.tensor(2.0), torch.tensor(0.0), False)
+        rest = lrs, [0.1], 0.9, 0.999, 1e-8, False, torch.tensor(2.0), torch.tensor(0.0), False
+        native.masked_adamw_(AdamWStep(*lists, *rest))
         native.scatter_values_(tuned, row_offsets, columns, master)
         return [tuned, master, exp_avg, exp_avg_sq, step]
 
@@ -149,8 +151,8 @@ def conv2d_gradient(
     positions = (size + 2 * padding - kernel) // stride + 1
     gy = torch.randn(6, outputs, positions, positions).contiguous(memory_format=memory_format)
     csr = random_selection(outputs, channels // groups * kernel * kernel, 0.1)
-    geometry = ([kernel] * 2, [stride] * 2, [padding] * 4, [1, 1], groups)
-    return lambda: native.sampled_grad_conv2d(gy, x, *csr, *geometry)
+    convolution = Convolution((kernel,) * 2, (stride,) * 2, (padding,) * 4, (1, 1), groups)
+    return lambda: native.sampled_grad_conv2d(gy, x, *csr, convolution)
 
 
 def linear_gradient(rows: int, outputs: int, columns: int, density: float) -> Callable[[], Tensor]:
@@ -318,13 +320,13 @@ def test_offsets_beyond_31_bits(isa: str) -> None:
     images = [x.as_strided((3, 5, 10, 10), (x.stride(0), 100, 10, 1)) for x in (far, near)]
     norms = [torch.zeros(1, 45, dtype=torch.float64) for _ in range(2)]
     for x, acc in zip(images, norms, strict=True):
-        native.column_norm_conv2d_(x, acc, [3, 3], [1, 1], [1, 1, 1, 1], [1, 1], 1, 1.0)
+        native.column_norm_conv2d_(x, acc, Convolution((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1), 1.0)
     assert torch.equal(*norms)
 
     csr = random_selection(500, 500, 0.1)
     assert torch.equal(native.sampled_grad(far, far, *csr), native.sampled_grad(near, near, *csr))
-    csr, geometry = random_selection(5, 45, 0.5), ([3, 3], [1, 1], [1, 1, 1, 1], [1, 1], 1)
-    found, expected = (native.sampled_grad_conv2d(x, x, *csr, *geometry) for x in images)
+    csr, convolution = random_selection(5, 45, 0.5), Convolution((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1)
+    found, expected = (native.sampled_grad_conv2d(x, x, *csr, convolution) for x in images)
     assert torch.equal(found, expected)
 
     assert torch.equal(native.score_topk(far, a, 5), native.score_topk(near, a, 5))
@@ -340,7 +342,8 @@ def test_offsets_beyond_31_bits(isa: str) -> None:
     tuned = []
     for W in (far, near):
         lists = ([W], [W], [row_offsets], [columns], *([torch.full((nnz,), x)] for x in (0.5, 0.0, 0.0)), [torch.zeros(())])
-        native.masked_adamw_(*lists, torch.ones(1, dtype=torch.float64), [0.0], 0.9, 0.999, 1e-8, False, None, None, False)
+        lrs = torch.ones(1, dtype=torch.float64)
+        native.masked_adamw_(AdamWStep(*lists, lrs, [0.0], 0.9, 0.999, 1e-8, False, None, None, False))
         tuned.append(W.clone())
         native.scatter_values_(W, row_offsets, columns, torch.arange(nnz).float())
         tuned.append(W.clone())

@@ -7,6 +7,7 @@ import torch
 
 from fps_kernels.ops import reference
 from fps_kernels.ops import triton as backend
+from fps_kernels.ops.records import AdamWStep, Convolution
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -55,10 +56,10 @@ def test_column_norm_bounds_its_workspace(monkeypatch):
 def test_convolution_with_few_programs_for_many_blocks(monkeypatch, programs, layout):
     monkeypatch.setattr(module("column_norm_conv2d"), "TARGET_PROGRAMS", programs)
     x = torch.randn(5, 3, 40, 21, device=DEVICE).to(memory_format=layout)
-    arguments = [3, 5], [1, 2], [1, 0, 2, 2], [2, 1], 3, 1.0
+    convolution = Convolution((3, 5), (1, 2), (1, 0, 2, 2), (2, 1), 3)
     got, expected = torch.zeros(2, 3, 15, dtype=torch.float64, device=DEVICE)
-    backend.column_norm_conv2d_(x, got, *arguments)
-    reference.column_norm_conv2d_(x, expected, *arguments)
+    backend.column_norm_conv2d_(x, got, convolution, 1.0)
+    reference.column_norm_conv2d_(x, expected, convolution, 1.0)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
 
 
@@ -193,8 +194,8 @@ def test_updates_of_many_blocks():
         state = [torch.zeros(2313, device=DEVICE) for _ in range(2)]
         lrs = torch.tensor([0.1], dtype=torch.float64, device=DEVICE)
         steps = [torch.tensor(0.0, device=DEVICE)]
-        op([weight], [weight.sin()], [row_offsets], [columns], [torch.empty(0, device=DEVICE)], [state[0]], [state[1]],
-           steps, lrs, [0.1], 0.9, 0.999, 1e-8, False, None, None, False)  # fmt: skip
+        tensors = [weight], [weight.sin()], [row_offsets], [columns], [torch.empty(0, device=DEVICE)], [state[0]], [state[1]]
+        op(AdamWStep(*tensors, steps, lrs, [0.1], 0.9, 0.999, 1e-8, False, None, None, False))
         return weight
 
     torch.testing.assert_close(step(backend.masked_adamw_, W), step(reference.masked_adamw_, expected), rtol=1e-6, atol=1e-7)

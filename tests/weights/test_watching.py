@@ -117,8 +117,8 @@ def test_transformer_layer_takes_no_fused_shortcut():
 def test_convolution_geometry(kwargs, padding):
     conv = nn.Conv2d(4, 6, (3, 2), groups=2, **kwargs)
     (use,), _ = watch({"w": conv.weight}, lambda: conv(torch.randn(1, 4, 7, 8)))
-    assert use.kind.padding == padding
-    assert use.kind.groups == 2
+    assert use.kind.geometry.padding == padding
+    assert use.kind.geometry.groups == 2
     assert use.layout.shape == (6, 12)
     (use,), _ = watch({"w": conv.weight}, lambda: conv(torch.randn(4, 7, 8)))  # without a batch dimension
     assert use.kind.input_rows(use.input) == conv(torch.randn(1, 4, 7, 8))[0, 0].numel()

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fps_kernels.ops.records import Convolution
 from fps_kernels.ops.triton.column_norm import TARGET_PROGRAMS, accumulate, launch_add_partials, ord_code
 
 # Images whose windows one float32 tile adds up. Four would have more loads in flight per thread, but twice the registers
@@ -16,30 +17,22 @@ TILE = 1024  # elements of a tile: eight per thread and image
 def column_norm_conv2d_(
     x: Tensor,
     acc: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    convolution: Convolution,
     ord: float,
 ) -> None:
     """:func:`fps_kernels.ops.reference.column_norm_conv2d_`. Column ``(c, u, v)`` of group ``g`` is one of channel
     ``g * C/groups + c``, so the groups drop out: ``acc`` is ``[C, kh, kw]``."""
     with torch.cuda.device_of(x):
-        partials = launch_partial_conv_norms(x, kernel_size, stride, padding, dilation, ord)
+        partials = launch_partial_conv_norms(x, convolution, ord)
         launch_add_partials(partials, acc, ord)
 
 
-def launch_partial_conv_norms(
-    x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ord: float
-) -> Tensor:
+def launch_partial_conv_norms(x: Tensor, convolution: Convolution, ord: float) -> Tensor:
     """Stage 1. The workspace it returns, float64 ``[splits, C * kh * kw]``, has at most 528 rows, and fewer the more
     columns there are: at most ``8 * kh * kw * (528 * block_c + C)`` bytes, ``block_c`` at most 64."""
     B, C, H, W = x.shape
-    kh, kw = kernel_size
-    top, bottom, left, right = padding
-    out_h = (H + top + bottom - dilation[0] * (kh - 1) - 1) // stride[0] + 1
-    out_w = (W + left + right - dilation[1] * (kw - 1) - 1) // stride[1] + 1
+    (kh, kw), stride, (top, _, left, _), dilation, _ = convolution
+    out_h, out_w = convolution.output_size(x)
     block_p, block_c, block_v = _tile(x, out_h * out_w, kw)
     # Rows of taps whose windows overlap go through one program, which finds them in its cache again. Windows that do
     # not overlap (a patch embedding) share nothing: one program per row of taps, or three channels would fill few SMs.

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fps_kernels.ops.records import Convolution
 from fps_kernels.ops.triton.floats import to_float32
 from fps_kernels.ops.triton.gradients import GATHER_PROGRAMS, launch_add_splits, rows_per_split
 from fps_kernels.ops.triton.target import register_limit
@@ -18,16 +19,12 @@ def sampled_grad_conv2d(
     x: Tensor,
     row_offsets: Tensor,
     columns: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    convolution: Convolution,
 ) -> Tensor:
     """:func:`fps_kernels.ops.reference.sampled_grad_conv2d`. Workspace: 64 float32 numbers per entry."""
     grad = torch.empty(columns.numel(), dtype=torch.float32, device=gy.device)
     with torch.cuda.device_of(gy):
-        partials = launch_gather_windows(gy, x, row_offsets, columns, kernel_size, stride, padding, dilation, groups)
+        partials = launch_gather_windows(gy, x, row_offsets, columns, convolution)
         launch_add_splits(partials, grad)
     return grad
 
@@ -37,11 +34,7 @@ def launch_gather_windows(
     x: Tensor,
     row_offsets: Tensor,
     columns: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    convolution: Convolution,
 ) -> Tensor:
     """Stage 1: float32 ``[splits, nnz]``. What is split is the lines of the output, ``B * P`` of them."""
     B, O, P, Q = gy.shape
@@ -70,13 +63,13 @@ def launch_gather_windows(
         nnz,
         *gy.stride(),
         *x.stride(),
-        *kernel_size,
-        *stride,
-        padding[0],
-        padding[2],
-        *dilation,
-        O // groups,
-        x.shape[1] // groups,
+        *convolution.kernel_size,
+        *convolution.stride,
+        convolution.padding[0],
+        convolution.padding[2],
+        *convolution.dilation,
+        O // convolution.groups,
+        x.shape[1] // convolution.groups,
         per_split,
         O.bit_length(),
         BY_ENTRIES=by_entries,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fps_kernels.ops.records import AdamWStep
 from fps_kernels.ops.triton.floats import bfloat16_bits, to_float32
 from fps_kernels.ops.triton.tables import block_map, device_table
 
@@ -21,64 +22,49 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FIELDS = tl.constexpr(19)
 
 
-def masked_adamw_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    row_offsets: list[Tensor],
-    columns: list[Tensor],
-    masters: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    lrs: Tensor,
-    weight_decays: list[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    zero_grads: bool,
-) -> None:
+def masked_adamw_(step: AdamWStep) -> None:
     """:func:`fps_kernels.ops.reference.masked_adamw_` in one launch, without waiting for the device.
 
     The table of pointers is made anew only when a tensor has moved. Under CUDA graph capture it must exist: see
     :func:`~fps_kernels.ops.triton.tables.device_table`.
     """
+    lrs = step.lrs
     with torch.cuda.device_of(lrs):
         table: list[int] = []
-        for i, W in enumerate(weights):
-            compact = grads[i].dim() == 1
+        for W, grad, offsets, cols, master, exp_avg, exp_avg_sq, count, decay in zip(
+            *step[:8], step.weight_decays, strict=True
+        ):
+            compact = grad.dim() == 1
             table += (
                 W.data_ptr(),
-                grads[i].data_ptr(),
-                row_offsets[i].data_ptr(),
-                columns[i].data_ptr(),
-                masters[i].data_ptr() if masters[i].numel() else 0,
-                exp_avgs[i].data_ptr(),
-                exp_avg_sqs[i].data_ptr(),
-                steps[i].data_ptr(),
+                grad.data_ptr(),
+                offsets.data_ptr(),
+                cols.data_ptr(),
+                master.data_ptr() if master.numel() else 0,
+                exp_avg.data_ptr(),
+                exp_avg_sq.data_ptr(),
+                count.data_ptr(),
                 W.shape[0],
-                columns[i].numel(),
+                cols.numel(),
                 *W.stride(),
-                *((0, 0) if compact else grads[i].stride()),
+                *((0, 0) if compact else grad.stride()),
                 int(compact),
                 DTYPE_CODES[W.dtype],
-                DTYPE_CODES[grads[i].dtype],
-                _float64_bits(weight_decays[i]),
+                DTYPE_CODES[grad.dtype],
+                _float64_bits(decay),
                 W.shape[0].bit_length(),
             )
         # Compile-time or float32 arguments would cost a compilation or precision: float64 travels as its bits.
-        table += map(_float64_bits, (beta1, beta2, _log(beta1), _log(beta2), eps))
+        table += map(_float64_bits, (step.beta1, step.beta2, _log(step.beta1), _log(step.beta2), step.eps))
         pointers = device_table(tuple(table), lrs.device)
-        map_ = block_map(tuple((i, triton.cdiv(c.numel(), BLOCK)) for i, c in enumerate(columns)), lrs.device)
-        if found_inf is None:
-            torch._foreach_add_(steps, 1.0)
+        map_ = block_map(tuple((i, triton.cdiv(c.numel(), BLOCK)) for i, c in enumerate(step.columns)), lrs.device)
+        if step.found_inf is None:
+            torch._foreach_add_(step.steps, 1.0)
         else:
-            clean = (found_inf == 0).to(torch.float32).reshape(())
-            torch._foreach_add_(steps, [clean] * len(steps))  # as a list: never read by the host
+            clean = (step.found_inf == 0).to(torch.float32).reshape(())
+            torch._foreach_add_(step.steps, [clean] * len(step.steps))  # as a list: never read by the host
         if map_.numel():
-            launch_masked_adamw(pointers, map_, lrs, maximize, grad_scale, found_inf, zero_grads)
+            launch_masked_adamw(pointers, map_, step)
 
 
 def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor) -> None:
@@ -87,24 +73,16 @@ def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Ten
         launch_scatter_values(W, row_offsets, columns, values)
 
 
-def launch_masked_adamw(
-    pointers: Tensor,
-    map_: Tensor,
-    lrs: Tensor,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    zero_grads: bool,
-) -> None:
+def launch_masked_adamw(pointers: Tensor, map_: Tensor, step: AdamWStep) -> None:
     _masked_adamw[(map_.numel(),)](
         pointers,
         map_,
-        lrs,
-        grad_scale,
-        found_inf,
-        lrs.numel(),
-        MAXIMIZE=maximize,
-        ZERO_GRADS=zero_grads,
+        step.lrs,
+        step.grad_scale,
+        step.found_inf,
+        step.lrs.numel(),
+        MAXIMIZE=step.maximize,
+        ZERO_GRADS=step.zero_grads,
         BLOCK=BLOCK,
         num_warps=4,
     )

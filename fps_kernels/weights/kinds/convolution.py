@@ -1,5 +1,6 @@
 """2-D convolutions: a weight ``[O, C_in / groups, kh, kw]``, read as ``[O, C_in / groups * kh * kw]``."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fps_kernels import ops
+from fps_kernels.ops import Convolution
 from fps_kernels.weights.kinds.kind import Call, WeightKind
 
 NAME = "F.conv2d"
@@ -22,40 +24,27 @@ class Convolution2d(WeightKind):
     """A kernel of every output channel slides over the images ``[B, C_in, H, W]``, or over one ``[C_in, H, W]``.
 
     Attributes:
-        kernel_size: ``(kh, kw)``.
-        stride: ``(vertical, horizontal)``.
-        padding: zeros around an image, ``(top, bottom, left, right)``.
-        dilation: ``(vertical, horizontal)``.
-        groups: number of groups.
+        geometry: kernel, stride, padding, dilation and groups.
     """
 
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-    groups: int = 1
+    geometry: Convolution
+
+    @property
+    def groups(self) -> int:
+        return self.geometry.groups
 
     def input_rows(self, x: Tensor) -> int:
         images = _batched(x)
-        positions = images.shape[0]
-        for size, pad, kernel, spread, stride in (
-            (images.shape[2], self.padding[0] + self.padding[1], self.kernel_size[0], self.dilation[0], self.stride[0]),
-            (images.shape[3], self.padding[2] + self.padding[3], self.kernel_size[1], self.dilation[1], self.stride[1]),
-        ):
-            positions *= (size + pad - spread * (kernel - 1) - 1) // stride + 1
-        return int(positions)
+        return images.shape[0] * math.prod(self.geometry.output_size(images))
 
     def add_column_norms_(self, x: Tensor, norm: Tensor, ord: float) -> None:
-        ops.column_norm_conv2d_(
-            _batched(x), norm, self.kernel_size, self.stride, self.padding, self.dilation, self.groups, ord
-        )
+        ops.column_norm_conv2d_(_batched(x), norm, *self.geometry, ord)
 
     def channel_dim(self, x: Tensor) -> int | None:
-        return x.dim() - 3 if self.groups == 1 else None
+        return x.dim() - 3 if self.geometry.groups == 1 else None
 
     def sampled_gradient(self, gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor) -> Tensor:
-        geometry = (list(self.kernel_size), list(self.stride), list(self.padding), list(self.dilation), self.groups)
-        grad: Tensor = ops.sampled_grad_conv2d(_batched(gy), _batched(x), row_offsets, columns, *geometry)
+        grad: Tensor = ops.sampled_grad_conv2d(_batched(gy), _batched(x), row_offsets, columns, *self.geometry)
         return grad
 
 
@@ -69,7 +58,8 @@ def read(
     else:
         vertical, horizontal = _pair(0 if padding == "valid" else padding)
         sides = (vertical, vertical, horizontal, horizontal)
-    return Call(weight, input, (bias,), Convolution2d(kernel, _pair(stride), sides, spread, int(groups)))
+    geometry = Convolution(kernel, _pair(stride), sides, spread, int(groups))
+    return Call(weight, input, (bias,), Convolution2d(geometry))
 
 
 def _batched(x: Tensor) -> Tensor:

@@ -7,13 +7,12 @@ from torch import Tensor
 
 
 class WeightKind(ABC):
-    """How a weight of ``[O, C]`` multiplies an input: what a linear map and a convolution do differently, and nothing else.
+    """How a weight ``[O, C]`` multiplies an input: what linear maps and convolutions do differently, and nothing else."""
 
-    Attributes:
-        groups: equal blocks of output rows, each of which multiplies inputs of its own.
-    """
-
-    groups: int = 1
+    @property
+    def groups(self) -> int:
+        """Equal blocks of output rows, each of which multiplies inputs of its own."""
+        return 1
 
     @abstractmethod
     def input_rows(self, x: Tensor) -> int:
