@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import alternate, machine, ratio, save, table
+from benchmarks.shared.measuring import alternate, machine, ratio, save, table
+from benchmarks.shared.shapes import VIT_B
 from fps_kernels import ops
 from fps_kernels.ops import native
-
-VIT_B = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12 + [(768, 768)]
 
 
 @dataclass

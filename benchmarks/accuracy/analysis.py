@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import ideas, methods
-from benchmarks.accuracy_methods import CHOICES, Occasion
-from benchmarks.accuracy_runs import Settings, Workshop, fit_head, held_out
-from benchmarks.measuring import save, table
+from benchmarks.accuracy import ideas
+from benchmarks.accuracy.methods import CHOICES, Occasion
+from benchmarks.accuracy.runs import Settings, Workshop, fit_head, held_out
+from benchmarks.shared import methods
+from benchmarks.shared.measuring import save, table
 from fps_kernels.selection import Selection
 
 SEEDED = ("random", "GPS")
@@ -130,7 +131,7 @@ def show(rows: list[dict[str, Any]], names: list[str]) -> None:
 
 def main() -> None:
     """Analyse every data set, print and save."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(prog="python -m benchmarks.accuracy_analysis", description=__doc__.splitlines()[0])
     p.add_argument("--data", type=Path, nargs="+", required=True, help="folders with train/ and test/")
     p.add_argument("--checkpoint", type=Path)
     p.add_argument("--model", default="vit_small_patch14_dinov2")
@@ -157,7 +158,3 @@ def main() -> None:
         shared = {row["method"]: f"{row['other_dataset']:.1%}" for row in rows if row["dataset"] == other}
         print(f"\ncommon to {first} and {other}: {shared}")
     save(options.name, "python -m benchmarks.accuracy_analysis", rows)
-
-
-if __name__ == "__main__":
-    main()
