@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fps_kernels as fps
 from benchmarks.shared import methods
+from benchmarks.shared.contestants import dense_gradient
 from benchmarks.shared.device_timing import Bench
 from benchmarks.shared.measuring import ratio
 from benchmarks.shared.shapes import VIT_B, entries
@@ -76,12 +77,8 @@ def _calls(device: torch.device, shrink: int) -> list[tuple[str, Callable[[], ob
             csr = entries(k, gy.shape[1], 768, device)
             nbytes = gy.nbytes + x.nbytes
             calls.append((f"sampled_grad, fc1, k={k} {label}", partial(ops.sampled_grad, gy, x, *csr), nbytes))
-            calls.append((f"gyᵀ @ x, dense, fc1 {label}", partial(_dense_gradient, gy, x), nbytes))
+            calls.append((f"gyᵀ @ x, dense, fc1 {label}", partial(dense_gradient, gy, x), nbytes))
     return calls
-
-
-def _dense_gradient(gy: Tensor, x: Tensor) -> Tensor:
-    return gy.t() @ x
 
 
 # ------------------------------------------------------------------------------------------------ choosing

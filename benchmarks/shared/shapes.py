@@ -1,4 +1,4 @@
-"""Sizes that more than one benchmark measures on."""
+"""Sizes that more than one benchmark measures on, and entries chosen at random."""
 
 import torch
 from torch import Tensor
