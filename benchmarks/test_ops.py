@@ -2,8 +2,8 @@
 
 For one's own work on a kernel: ``--benchmark-autosave`` before a change, ``--benchmark-compare`` after it. Contestants run
 one after the other here, so that a ratio between them is as noisy as the machine; those that are published come from
-``benchmarks.kernels``, in which they alternate. Sizes are of ViT-S and ResNet, float32. Every result is checked once before
-it is timed.
+``benchmarks.kernels``, in which they alternate. Sizes are of ViT-S and ResNet, float32, one thread unless
+``OMP_NUM_THREADS`` is set. Every result is checked once before it is timed.
 """
 
 from collections.abc import Callable
