@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fps_kernels as fps
-from benchmarks.measuring import alternate, ratio, save, table
+from benchmarks.shared.measuring import alternate, ratio, save, table
 from fps_kernels.deltas.delta import Delta
 from fps_kernels.deltas.making import delta_of
 

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import alternate, machine, ratio, save, table
+from benchmarks.shared import contestants
+from benchmarks.shared.measuring import alternate, machine, ratio, save, table
+from benchmarks.shared.shapes import VIT_B
 from fps_kernels import ops
 from fps_kernels.ops import native
-
-VIT_B = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12 + [(768, 768)]
 
 
 @dataclass
@@ -102,7 +102,7 @@ def column_norms(report: Report) -> None:
         report.add(
             f"column_norm_ {list(shape)} {str(dtype).removeprefix('torch.')}",
             lambda x=x, acc=acc: ops.column_norm_(x, acc, 1.0),
-            {"x.sum()": x.sum, "x.abs().sum(0)": lambda x=x: x.abs().sum(0)},
+            {"x.sum()": x.sum, "x.abs().sum(0)": lambda x=x: contestants.column_norm(x)},
             x.nbytes,
             at_most={"x.sum()": 1.4} if large else None,
             rounds=report.rounds * 5,
@@ -110,7 +110,6 @@ def column_norms(report: Report) -> None:
 
 
 def column_norms_conv2d(report: Report) -> None:
-    F = torch.nn.functional
     for name, shape, size, stride, pad in (
         ("patch embedding", (16, 3, 224, 224), 16, 16, 0),
         ("3x3", (8, 64, 56, 56), 3, 1, 1),
@@ -127,7 +126,7 @@ def column_norms_conv2d(report: Report) -> None:
             ),
             {
                 "x.sum()": x.sum,
-                "unfold().abs().sum()": lambda x=x, k=size, s=stride, p=pad: F.unfold(x, k, 1, p, s).abs().sum((0, 2)),
+                "unfold().abs().sum()": lambda x=x, k=size, s=stride, p=pad: contestants.column_norm_conv2d(x, k, s, p),
             },
             x.nbytes,
             rounds=max(3, report.rounds // 2),
@@ -148,7 +147,7 @@ def topk(report: Report, weights: list[Tensor], factors: list[Tensor]) -> None:
             report.add(
                 f"score_topk k={k}",
                 lambda k=k: [ops.score_topk(W, a, k) for W, a in pairs],
-                {"(W.abs() * a).topk(k)": lambda k=k: [(W.abs() * a).topk(k) for W, a in pairs]},
+                {"(W.abs() * a).topk(k)": lambda k=k: [contestants.topk(W, a, k) for W, a in pairs]},
                 sum(W.nbytes for W in weights),
                 at_least={"(W.abs() * a).topk(k)": 15} if k == 8 else None,
                 rounds=3,
@@ -188,9 +187,8 @@ def global_threshold(report: Report, weights: list[Tensor], factors: list[Tensor
 
 
 def torch_global(weights: list[Tensor], factors: list[Tensor], k: int) -> list[tuple[Tensor, ...]]:
-    scores = [W.abs() * a for W, a in zip(weights, factors, strict=True)]
-    least = torch.cat([s.flatten() for s in scores]).topk(k).values[-1]
-    return [(s >= least).nonzero(as_tuple=True) for s in scores]
+    scores = contestants.scores(weights, factors)
+    return contestants.at_least(scores, contestants.kth(scores, k))
 
 
 def adamw(report: Report, weights: list[Tensor], factors: list[Tensor]) -> None:
@@ -198,8 +196,6 @@ def adamw(report: Report, weights: list[Tensor], factors: list[Tensor]) -> None:
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     dense = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    n = len(weights)
-    lrs = torch.full((n,), 1e-4, dtype=torch.float64)
     random_factors = [torch.ones_like(a) for a in factors]
     noise = [torch.rand_like(W) for W in weights]
     choices = {
@@ -211,32 +207,12 @@ def adamw(report: Report, weights: list[Tensor], factors: list[Tensor]) -> None:
     }
     del noise
     for name, choice in choices.items():
-        nnz = [columns.numel() for _, columns in choice]
-        state = [[torch.zeros(count) for count in nnz] for _ in range(2)]
-        steps = [torch.zeros(()) for _ in nnz]
-        masters = [torch.empty(0)] * n
+        nnz = sum(columns.numel() for _, columns in choice)
         report.add(
             f"masked_adamw_ {name}",
-            lambda choice=choice, state=state, steps=steps, masters=masters: ops.masked_adamw_(
-                weights,
-                [p.grad for p in parameters],
-                [offsets for offsets, _ in choice],
-                [columns for _, columns in choice],
-                masters,
-                *state,
-                steps,
-                lrs,
-                [0.01] * n,
-                0.9,
-                0.999,
-                1e-8,
-                False,
-                None,
-                None,
-                False,
-            ),
+            contestants.masked_step(weights, [p.grad for p in parameters], choice, lr=1e-4, weight_decay=0.01),
             {"torch.optim.AdamW(fused=True)": dense.step},
-            sum(nnz) * (3 * 64 + 28),
+            nnz * contestants.BYTES_PER_STEPPED_ENTRY,
             at_least={"torch.optim.AdamW(fused=True)": 20},
         )
 
@@ -252,7 +228,7 @@ def sampled_gradients(report: Report) -> None:
             report.add(
                 f"sampled_grad ViT-B {label}, batch 16, k={k}",
                 lambda gy=gy, x=x, csr=(row_offsets, columns): ops.sampled_grad(gy, x, *csr),
-                {"gy.t() @ x": lambda gy=gy, x=x: gy.t() @ x},
+                {"gy.t() @ x": lambda gy=gy, x=x: contestants.dense_gradient(gy, x)},
                 gy.nbytes + 4 * M * len(used),
             )
 

@@ -14,7 +14,7 @@ import timm
 import torch
 
 import fps_kernels as fps
-from benchmarks.measuring import save, table
+from benchmarks.shared.measuring import save, table
 from fps_kernels.memory import format_bytes, measure, simulated
 from fps_kernels.selection import Selection
 

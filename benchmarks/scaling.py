@@ -25,8 +25,8 @@ from torch import nn
 from tqdm import tqdm
 
 import fps_kernels as fps
-from benchmarks import methods
-from benchmarks.measuring import alternate, save, table
+from benchmarks.shared import methods
+from benchmarks.shared.measuring import alternate, save, table
 from fps_kernels.memory import format_bytes, measure
 
 Row = dict[str, Any]

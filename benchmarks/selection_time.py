@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fps_kernels as fps
-from benchmarks.measuring import alternate, ratio, save, table
+from benchmarks.shared.measuring import alternate, ratio, save, table
 from fps_kernels import ops
 
 

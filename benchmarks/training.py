@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import fps_kernels as fps
-from benchmarks import methods
-from benchmarks.measuring import alternate, ratio, save, table
+from benchmarks.shared import methods
+from benchmarks.shared.measuring import alternate, ratio, save, table
 from fps_kernels.memory import format_bytes, measure
 
 Make = Callable[[nn.Module], methods.Contestant]

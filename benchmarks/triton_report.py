@@ -8,6 +8,7 @@ calculated. Writes ``benchmarks/results/triton_report.json``.
     python -m benchmarks.triton_report
 """
 
+import argparse
 import json
 import math
 import re
@@ -113,6 +114,7 @@ def sampled_grad_way(case: cases.Case) -> dict[str, object]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if interpreted():
         raise SystemExit("unset TRITON_INTERPRET: an interpreting process cannot compile")
     report = []

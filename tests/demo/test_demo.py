@@ -15,8 +15,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 from fps_kernels.demo.compare import accuracy, tune
 from fps_kernels.demo.data import NEW_DIGITS, OLD_DIGITS, digits, image_folder
 from fps_kernels.demo.digits import DIGITS_CHECKPOINT, digits_vit
-from fps_kernels.runs.models import timm_model
 from fps_kernels.demo.run import Settings, run
+from fps_kernels.runs.models import timm_model
 
 SHORT = Settings(epochs=2, seeds=1, batch_size=50)
 

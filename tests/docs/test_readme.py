@@ -64,7 +64,8 @@ def test_commands_exist():
     for target in re.findall(r"^make (\w+)", text, re.MULTILINE):
         assert f"\n{target}:" in makefile
     for module in re.findall(r"python -m benchmarks\.(\w+)", text):
-        assert (README.parent / "benchmarks" / f"{module}.py").is_file()
+        script = README.parent / "benchmarks" / module
+        assert script.with_suffix(".py").is_file() or (script / "__main__.py").is_file(), module
     for picture in re.findall(r"!\[[^\]]*\]\((?!http)([^)]+)\)", text):
         assert (README.parent / picture).is_file()
 

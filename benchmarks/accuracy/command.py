@@ -15,25 +15,21 @@ Several processes may share the file if they are given different ``--data``. ``-
 """
 
 import argparse
-import fcntl
 import itertools
-import json
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks import accuracy_table
-from benchmarks.accuracy_methods import HEAD_LR, METHODS, STANDARD
-from benchmarks.accuracy_runs import Settings, Workshop, run
-from benchmarks.measuring import RESULTS, machine
+from benchmarks.accuracy import table
+from benchmarks.accuracy.lines import Line, append, read
+from benchmarks.accuracy.methods import HEAD_LR, METHODS, STANDARD
+from benchmarks.accuracy.runs import Settings, Workshop, run
+from benchmarks.shared.measuring import RESULTS, machine
 
-Line = dict[str, Any]
 SEARCH_K, SEARCH_SEED = 4, 1
 HELD_OUT = {"search": 0.3, "screen": 0.5, "test": None}  # share of the training images to measure on
 FIRST = ("random", "FPS", "GPS", "GD-FPS", "magnitude")
@@ -57,31 +53,6 @@ class Job:
     method: str
     k: int | None
     seed: int
-
-
-def read(path: Path) -> list[Line]:
-    """The lines of a results file; a last line that was cut off is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
-
-
-def append(path: Path, line: Line) -> None:
-    """Add one line, at once and for good, after repairing a last line that was cut off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def searched(lines: Iterable[Line], dataset: str, method: str) -> dict[float, float]:
@@ -189,7 +160,7 @@ def work(options: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.splitlines()[0])
     p.add_argument("--data", type=Path, nargs="*", default=[], help="folders with train/ and test/")
     p.add_argument("--checkpoint", type=Path, help="safetensors file with timm's keys; without it weights are random")
     p.add_argument("--model", default="vit_small_patch14_dinov2", help="timm's name")
@@ -213,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
     p = parser()
     options = p.parse_args(arguments)
     if options.table:
-        print(accuracy_table.render(read(options.results)))
+        print(table.render(read(options.results)))
         return
     if not options.data:
         p.error("give at least one folder as --data, or --table to print what was measured")
@@ -223,7 +194,3 @@ def main(arguments: list[str] | None = None) -> None:
         p.error("GD-FPS needs --anchor, a folder of images like those of the pre-training; or leave it out of --methods")
     torch.set_num_threads(options.threads)
     work(options)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from scipy import stats
 
-from benchmarks.accuracy_runs import from_bits
-from benchmarks.measuring import table
+from benchmarks.accuracy.lines import Line, from_bits
+from benchmarks.shared.measuring import table
 
-Line = dict[str, Any]
 CONFIDENCE = 0.95
 
 

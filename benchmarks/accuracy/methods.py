@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fps_kernels as fps
-from benchmarks import ideas, methods
+from benchmarks.accuracy import ideas
+from benchmarks.shared import methods
 from fps_kernels.choosing.gps import random_views
 from fps_kernels.demo.data import Task
 from fps_kernels.selection import Selection

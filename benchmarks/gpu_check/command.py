@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks import gpu_checks
-from benchmarks.device_timing import Bench
-from benchmarks.measuring import machine
+from benchmarks.gpu_check import checks
+from benchmarks.shared.device_timing import Bench
+from benchmarks.shared.measuring import machine
 from fps_kernels import ops
 
 Rows = list[dict[str, Any]]
@@ -31,7 +31,7 @@ Rows = list[dict[str, Any]]
 
 def op_suite(bench: Bench, quick: bool) -> Rows:
     """``pytest tests/ops``: with a GPU its Triton lane runs compiled kernels."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     chosen = ["-k", "triton and not compiles_well"] if bench.device.type == "cuda" else ["-k", "test_empty and reference"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops", *chosen]
     start = time.perf_counter()
@@ -46,12 +46,12 @@ def op_suite(bench: Bench, quick: bool) -> Rows:
 
 CHECKS: dict[str, Callable[[Bench, bool], Rows]] = {
     "op suite": op_suite,
-    "bandwidth of the kernels": gpu_checks.bandwidth,
-    "choosing over a forward pass": gpu_checks.choosing,
-    "GPS over FPS": gpu_checks.gps_over_fps,
-    "training step": gpu_checks.training,
-    "optimizer step": gpu_checks.optimizer,
-    "CUDA graph": gpu_checks.graph,
+    "bandwidth of the kernels": checks.bandwidth,
+    "choosing over a forward pass": checks.choosing,
+    "GPS over FPS": checks.gps_over_fps,
+    "training step": checks.training,
+    "optimizer step": checks.optimizer,
+    "CUDA graph": checks.graph,
 }
 
 
@@ -93,7 +93,7 @@ def _cell(value: Any) -> str:
 def run(device: torch.device, quick: bool, names: list[str]) -> dict[str, Any]:
     """Every check, each on its own."""
     bench = Bench(device, rounds=3 if quick else 20, warmup=1 if quick else 3)
-    checks: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name in names:
         torch.manual_seed(0)
         start, rows, error = time.perf_counter(), [], None
@@ -102,19 +102,19 @@ def run(device: torch.device, quick: bool, names: list[str]) -> dict[str, Any]:
         except Exception:  # whatever it is, the report says it, and the other checks still run
             error = traceback.format_exc(limit=-6)
         seconds = time.perf_counter() - start
-        checks[name] = {"passed": error is None, "error": error, "seconds": seconds, "rows": rows}
+        found[name] = {"passed": error is None, "error": error, "seconds": seconds, "rows": rows}
         print(f"{name}: {'passed' if error is None else 'FAILED'} in {seconds:.1f} s", flush=True)
         if error is not None:
             print(error, file=sys.stderr, flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     command = f"python -m benchmarks.gpu_check --device {device.type}" + (" --quick" if quick else "")
-    return {"command": command, "hardware": hardware(device), "checks": checks}
+    return {"command": command, "hardware": hardware(device), "checks": found}
 
 
 def main() -> None:
     """Run, write both reports, exit with 1 if a check failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument("--only", nargs="*", default=list(CHECKS), choices=list(CHECKS), help="some checks")
@@ -128,7 +128,3 @@ def main() -> None:
     (options.output / "gpu_check.md").write_text(markdown(report))
     print(f"written: {options.output / 'gpu_check.json'}, {options.output / 'gpu_check.md'}")
     sys.exit(not all(check["passed"] for check in report["checks"].values()))
-
-
-if __name__ == "__main__":
-    main()

@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks import accuracy_table
-from benchmarks.render_tables import Content, Row
+from benchmarks.accuracy import table as accuracy_table
+from benchmarks.render.tables import Content, Row
 
 # Wong's colours (Nature Methods 2011), which colour-blind readers can tell apart; ours is the vermilion.
 COLOURS = {

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import methods
-from benchmarks.accuracy_methods import METHODS, Occasion, folder_images
+from benchmarks.accuracy.lines import to_bits
+from benchmarks.accuracy.methods import METHODS, Occasion, folder_images
+from benchmarks.shared import methods
 from fps_kernels.demo.data import Split, Task, image_folder
 from fps_kernels.runs.models import timm_model
 
@@ -93,7 +94,7 @@ def run(method: str, occasion: Occasion, lr: float, epochs: int, batch_size: int
     """Tune and measure.
 
     Args:
-        method: a name of :data:`~benchmarks.accuracy_methods.METHODS`.
+        method: a name of :data:`~benchmarks.accuracy.methods.METHODS`.
         occasion: the model, which is left as it is, and the task.
         lr: peak of a warm-up over a fifth of the steps and a cosine after it.
         epochs: passes over the training images.
@@ -224,16 +225,3 @@ def update_summary(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[
     means = {"effective_rank": ranks, "rank_share": shares, "columns": columns, "largest_column": largest}
     result = {key: sum(values) / len(values) for key, values in means.items()}
     return {key: round(value, 5) for key, value in {**result, "relative_norm": (squared / total) ** 0.5}.items()}
-
-
-def to_bits(right: Tensor) -> str:
-    """Booleans as hexadecimal digits, four to a digit, the first in the highest bit, filled up with zeros."""
-    digits = "".join("1" if r else "0" for r in right.tolist())
-    digits += "0" * (-len(digits) % 4)
-    return f"{int(digits, 2):0{len(digits) // 4}x}" if digits else ""
-
-
-def from_bits(bits: str, count: int) -> Tensor:
-    """The booleans ``[count]`` that :func:`to_bits` wrote."""
-    digits = f"{int(bits, 16):0{4 * len(bits)}b}" if bits else ""
-    return torch.tensor([d == "1" for d in digits[:count]], dtype=torch.bool)

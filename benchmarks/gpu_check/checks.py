@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import fps_kernels as fps
-from benchmarks import methods
-from benchmarks.device_timing import Bench
-from benchmarks.kernels import VIT_B
-from benchmarks.measuring import ratio
+from benchmarks.shared import methods
+from benchmarks.shared.contestants import dense_gradient
+from benchmarks.shared.device_timing import Bench
+from benchmarks.shared.measuring import ratio
+from benchmarks.shared.shapes import VIT_B, entries
 from fps_kernels import ops
 
 Rows = list[dict[str, Any]]
@@ -24,12 +25,6 @@ def _vit(bench: Bench, quick: bool, dtype: torch.dtype = torch.float32) -> tuple
     """ViT-B/16, or a small one, and its image size."""
     name, size = ("vit_tiny_patch16_224", 64) if quick else ("vit_base_patch16_224", 224)
     return timm.create_model(name, img_size=size).to(bench.device, dtype).eval(), size
-
-
-def _rows_of(k: int, O: int, C: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """CSR of ``k`` random columns in each of ``O`` rows."""
-    columns = torch.rand(O, C, device=device).topk(k).indices.sort().values.int().flatten()
-    return torch.arange(O + 1, dtype=torch.int32, device=device) * k, columns
 
 
 # ------------------------------------------------------------------------------------------------ kernels
@@ -79,15 +74,11 @@ def _calls(device: torch.device, shrink: int) -> list[tuple[str, Callable[[], ob
         label = str(dtype).removeprefix("torch.")
         gy, x = (torch.randn(M, width, device=device).to(dtype) for width in (3072 // shrink, 768))
         for k in (1, 4, 16):
-            csr = _rows_of(k, gy.shape[1], 768, device)
+            csr = entries(k, gy.shape[1], 768, device)
             nbytes = gy.nbytes + x.nbytes
             calls.append((f"sampled_grad, fc1, k={k} {label}", partial(ops.sampled_grad, gy, x, *csr), nbytes))
-            calls.append((f"gyᵀ @ x, dense, fc1 {label}", partial(_dense_gradient, gy, x), nbytes))
+            calls.append((f"gyᵀ @ x, dense, fc1 {label}", partial(dense_gradient, gy, x), nbytes))
     return calls
-
-
-def _dense_gradient(gy: Tensor, x: Tensor) -> Tensor:
-    return gy.t() @ x
 
 
 # ------------------------------------------------------------------------------------------------ choosing

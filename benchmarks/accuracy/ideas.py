@@ -21,6 +21,8 @@ from torch import Tensor
 import fps_kernels as fps
 from fps_kernels.choosing.feeding import run_forward
 from fps_kernels.selection import Selection, WeightSelection
+from fps_kernels.weights.kinds.convolution import Convolution2d
+from fps_kernels.weights.survey import Survey
 from fps_kernels.weights.watching import WeightUse
 
 # ``score(W, moments)``: ``[O, C]``, or ``[1, C]`` where the weights do not matter.
@@ -56,8 +58,8 @@ def moments(o: Any) -> dict[str, Moments]:
 
     def note(use: WeightUse) -> None:
         x = use.input
-        if use.convolution is not None:
-            c = use.convolution
+        if isinstance(use.kind, Convolution2d):
+            c = use.kind.geometry
             x = F.unfold(x, c.kernel_size, c.dilation, c.padding[0], c.stride).transpose(1, 2)
         tokens = x.reshape(len(x), -1, x.shape[-1]).double()
         part = [tokens.sum((0, 1)), tokens.square().sum((0, 1)), tokens.abs().sum((0, 1)), tokens.shape[0] * tokens.shape[1]]
@@ -68,7 +70,7 @@ def moments(o: Any) -> dict[str, Moments]:
         found[5].append(tokens[:, 0].float())
 
     batches = o.batches()
-    run_forward(o.model, batches, note, forward=None, micro_batch=None, max_batches=None, progress=False)
+    run_forward(Survey.of(o.model), batches, note, forward=None, micro_batch=None, max_batches=None, progress=False)
     target = torch.cat([y for _, y in batches])
     anchor = o.anchor_stats() if o.anchor is not None else None
     result = {}

@@ -6,21 +6,21 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu_check
-from benchmarks.device_timing import Bench
+from benchmarks.gpu_check import command
+from benchmarks.shared.device_timing import Bench
 
 
 def test_every_check_runs_without_a_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Bench, "__init__", _short)
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", "--quick", "--output", str(tmp_path)])
     with pytest.raises(SystemExit) as left:
-        gpu_check.main()
+        command.main()
     assert left.value.code == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert list(report["checks"]) == list(gpu_check.CHECKS)
+    assert list(report["checks"]) == list(command.CHECKS)
     assert all(check["rows"] for check in report["checks"].values())
     text = (tmp_path / "gpu_check.md").read_text()
-    assert all(f"## {name}" in text for name in gpu_check.CHECKS)
+    assert all(f"## {name}" in text for name in command.CHECKS)
     assert "FAILED" not in text
 
 
@@ -29,13 +29,13 @@ def _short(self: Bench, device: torch.device, rounds: int, warmup: int) -> None:
 
 
 def test_a_failing_check_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
-    def broken(bench: Bench, quick: bool) -> gpu_check.Rows:
+    def broken(bench: Bench, quick: bool) -> command.Rows:
         raise RuntimeError("the kernel said | no")
 
-    monkeypatch.setattr(gpu_check, "CHECKS", {"broken": broken, "fine": lambda bench, quick: [{"a": 1.5}]})
+    monkeypatch.setattr(command, "CHECKS", {"broken": broken, "fine": lambda bench, quick: [{"a": 1.5}]})
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", "--output", str(tmp_path)])
     with pytest.raises(SystemExit) as left:
-        gpu_check.main()
+        command.main()
     assert left.value.code == 1
     report = json.loads((tmp_path / "gpu_check.json").read_text())
     assert [check["passed"] for check in report["checks"].values()] == [False, True]
@@ -47,6 +47,6 @@ def test_a_failing_check_is_reported_and_the_others_go_on(tmp_path, monkeypatch)
 def test_a_missing_gpu_is_said(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_check"])
     with pytest.raises(SystemExit) as left:
-        gpu_check.main()
+        command.main()
     assert left.value.code == 2
     assert "torch sees no GPU here" in capsys.readouterr().err

@@ -4,8 +4,10 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks import accuracy_table
-from benchmarks.measuring import RESULTS
+from benchmarks.accuracy import table as accuracy_table
+from benchmarks.accuracy.ideas import IDEAS
+from benchmarks.accuracy.lines import read
+from benchmarks.shared.measuring import RESULTS
 from fps_kernels.memory import format_bytes
 
 Row = dict[str, Any]
@@ -43,8 +45,6 @@ def load(name: str) -> Content | None:
 
 def accuracy_lines() -> list[Row]:
     """The runs of ``accuracy.jsonl``."""
-    from benchmarks.accuracy import read  # not at the top: it brings in everything that tunes
-
     return read(RESULTS / "accuracy.jsonl")
 
 
@@ -205,8 +205,6 @@ def accuracy(lines: list[Row]) -> str | None:
 
     Ideas that were only tried are left to the page.
     """
-    from benchmarks.ideas import IDEAS  # not at the top, like the above
-
     tested = [line for line in accuracy_table.of_split(lines, "test") if line["method"] not in IDEAS]
     datasets = {line["dataset"] for line in tested}
     fit = {d for d in datasets if {line["method"] for line in tested if line["dataset"] == d} >= NEEDED}

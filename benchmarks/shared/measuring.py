@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def alternate(contestants: dict[str, Callable[[], object]], rounds: int, before: int = 0) -> dict[str, list[float]]:

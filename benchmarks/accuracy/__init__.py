@@ -1,0 +1,1 @@
+"""Accuracy of every way of tuning."""

@@ -1,0 +1,3 @@
+from benchmarks.accuracy.command import main
+
+main()

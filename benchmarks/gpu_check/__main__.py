@@ -1,0 +1,3 @@
+from benchmarks.gpu_check.command import main
+
+main()

@@ -1,0 +1,1 @@
+"""README, documentation and plots, made from the results files."""

@@ -1,0 +1,3 @@
+from benchmarks.render.command import main
+
+main()
