@@ -68,8 +68,8 @@ struct Kernels {
     int (*score_kth)(const Matrix* w, int64_t n, int64_t k, float* threshold, int64_t* greater, int64_t* equal, int threads);
     int (*score_select)(const Matrix& w, float threshold, int64_t ties, int64_t nnz, int32_t* row_offsets, int32_t* columns,
                         int threads);
-    int (*sampled_grad)(const Images& gy, const Images& x, const Convolution& conv, int64_t groups, const int32_t* row_offsets,
-                        const int32_t* columns, float* grad, int threads);
+    int (*sampled_grad)(const Images& gy, const Images& x, const Convolution& conv, int64_t groups,
+                        const int32_t* row_offsets, const int32_t* columns, float* grad, int threads);
     int (*scatter_values)(const Update& w, const void* values, int64_t values_dtype, int threads);
     int (*masked_adamw)(const Update* updates, int64_t n, const AdamW& how, int threads);
 };
@@ -81,7 +81,7 @@ struct Kernels {
     int score_topk(const Matrix&, int64_t, int32_t*, int);                                                                  \
     int score_kth(const Matrix*, int64_t, int64_t, float*, int64_t*, int64_t*, int);                                        \
     int score_select(const Matrix&, float, int64_t, int64_t, int32_t*, int32_t*, int);                                      \
-    int sampled_grad(const Images&, const Images&, const Convolution&, int64_t, const int32_t*, const int32_t*, float*,      \
+    int sampled_grad(const Images&, const Images&, const Convolution&, int64_t, const int32_t*, const int32_t*, float*,     \
                      int);                                                                                                  \
     int scatter_values(const Update&, const void*, int64_t, int);                                                           \
     int masked_adamw(const Update*, int64_t, const AdamW&, int);                                                            \
