@@ -9,7 +9,7 @@ export FPS_REQUIRE_NATIVE ?= 1
 
 setup: $(SETUP)
 
-$(SETUP): pyproject.toml $(wildcard csrc/*)
+$(SETUP): pyproject.toml $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch torchvision
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
@@ -22,6 +22,7 @@ lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 # Triton decides when a kernel is decorated whether it is interpreted, hence a process of its own for that lane.
 test: lint
