@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 export FPS_REQUIRE_NATIVE ?= 1
 
-.PHONY: demo test lint bench bench-full setup clean
+.PHONY: demo test test-suite test-oldest lint compare bench bench-full setup clean
 
 setup: $(SETUP)
 
@@ -24,10 +24,31 @@ lint: $(SETUP)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
 
+test: lint test-suite
+
 # Triton decides when a kernel is decorated whether it is interpreted, hence a process of its own for that lane.
-test: lint
+test-suite: $(SETUP)
 	$(BIN)/pytest -q -n 2
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 tests/ops
+
+# The suite on the oldest torch that pyproject.toml allows. It is read from there, so that what is promised is what is tried;
+# torchvision follows, since every version of it belongs to one of torch.
+OLDEST := build/oldest
+OLDEST_TORCH := torch==$(shell sed -n 's/^ *"torch>=\([0-9.]*\)",$$/\1/p' pyproject.toml).*
+
+$(OLDEST)/.installed: pyproject.toml $(shell find csrc -type f)
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet '$(OLDEST_TORCH)' torchvision
+	$(OLDEST)/bin/python -m pip install --quiet --editable '.[dev]' '$(OLDEST_TORCH)'
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/pytest -q -n 2
+	TRITON_INTERPRET=1 $(OLDEST)/bin/pytest -q -n 2 tests/ops
+
+# Fails where the working tree is slower or larger than BASE. OPTIONS="--benchmarks kernels" makes it shorter.
+compare: $(SETUP)
+	$(BIN)/python -m benchmarks.compare $(or $(BASE),$(error BASE=<commit> is missing)) $(OPTIONS)
 
 # Small sizes, into results/*_quick.json; what README and docs show comes from the long ones.
 bench: $(SETUP)
