@@ -34,7 +34,7 @@ test-suite: $(SETUP)
 # The suite on the oldest torch that pyproject.toml allows. It is read from there, so that what is promised is what is tried;
 # torchvision follows, since every version of it belongs to one of torch.
 OLDEST := build/oldest
-OLDEST_TORCH := torch==$(shell sed -n 's/^ *"torch>=\([0-9.]*\)",$$/\1/p' pyproject.toml).*
+OLDEST_TORCH := torch==$(shell sed -n 's/^ *"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml).*
 
 $(OLDEST)/.installed: pyproject.toml $(shell find csrc -type f)
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
