@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 export FPS_REQUIRE_NATIVE ?= 1
 
-.PHONY: demo test lint bench bench-full setup clean
+.PHONY: demo test test-suite test-oldest soak fuzz compare lint bench bench-full setup clean
 
 setup: $(SETUP)
 
-$(SETUP): pyproject.toml $(wildcard csrc/* csrc/*/*)
+$(SETUP): pyproject.toml $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch torchvision
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
@@ -23,11 +23,51 @@ lint: $(SETUP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+test: lint test-suite
 
 # Triton decides when a kernel is decorated whether it is interpreted, hence a process of its own for that lane.
-test: lint
+test-suite: $(SETUP)
 	$(BIN)/pytest -q -n 2
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 tests/ops
+
+# The suites whose inputs are random, N times with fresh seeds; a failure prints the seed that repeats it.
+N ?= 1
+SOAKED := tests/ops tests/weights tests/selection tests/choosing tests/tuning tests/deltas tests/integrations tests/cli/test_resume.py
+soak: $(SETUP)
+	@for i in $$(seq $(N)); do \
+		echo "soak $$i of $(N)"; \
+		FPS_TEST_SEED=fresh $(BIN)/pytest -q -n 2 $(SOAKED) || exit 1; \
+		FPS_TEST_SEED=fresh TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 tests/ops || exit 1; \
+	done
+
+# Delta and selection files full of lies, by coverage. What was found interesting is kept for the next time.
+SECONDS ?= 60
+fuzz: $(SETUP)
+	$(BIN)/python -m pip install --quiet atheris
+	mkdir -p build/corpus
+	$(BIN)/python tests/deltas/fuzz_delta.py -max_total_time=$(SECONDS) build/corpus
+
+# The suite on the oldest torch that pyproject.toml allows. It is read from there, so that what is promised is what is tried;
+# torchvision follows, since every version of it belongs to one of torch.
+OLDEST := build/oldest
+OLDEST_TORCH := torch==$(shell sed -n 's/^ *"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml).*
+
+$(OLDEST)/.installed: pyproject.toml $(shell find csrc -type f)
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet '$(OLDEST_TORCH)' torchvision
+	$(OLDEST)/bin/python -m pip install --quiet --editable '.[dev]' '$(OLDEST_TORCH)'
+	touch $@
+
+# How well kernels compile is a matter of Triton, which comes with torch: torch 2.10's spills 8 bytes of one of them on sm_80.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/pytest -q -n 2 -k "not test_compiles_well"
+	TRITON_INTERPRET=1 $(OLDEST)/bin/pytest -q -n 2 tests/ops
+
+# Fails where the working tree is slower or larger than BASE. OPTIONS="--benchmarks kernels" makes it shorter.
+compare: $(SETUP)
+	$(BIN)/python -m benchmarks.compare $(or $(BASE),$(error BASE=<commit> is missing)) $(OPTIONS)
 
 # Small sizes, into results/*_quick.json; what README and docs show comes from the long ones.
 bench: $(SETUP)

@@ -17,10 +17,8 @@ using namespace fps;
 constexpr int ABI = 3; // native.py refuses a library left over from another version
 
 #define FPS_TABLE(isa)                                                                                                      \
-    {                                                                                                                       \
-        isa::column_norm, isa::column_norm_conv2d, isa::score_topk, isa::score_kth, isa::score_select, isa::sampled_grad,   \
-            isa::scatter_values, isa::masked_adamw                                                                          \
-    }
+    {isa::column_norm,  isa::column_norm_conv2d, isa::score_topk,     isa::score_kth,                                       \
+     isa::score_select, isa::sampled_grad,       isa::scatter_values, isa::masked_adamw}
 
 #ifdef FPS_X86
 const Kernels TABLES[] = {FPS_TABLE(base), FPS_TABLE(avx2), FPS_TABLE(avx512)};
@@ -40,8 +38,8 @@ bool has_f16c_and_lzcnt() {
 int best_isa() {
 #ifdef FPS_X86
     __builtin_cpu_init(); // also asks, through xgetbv, whether the operating system saves the wide registers
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-                      __builtin_cpu_supports("popcnt") && has_f16c_and_lzcnt();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") && has_f16c_and_lzcnt();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     return avx2 ? (avx512 ? 2 : 1) : 0;

@@ -1,13 +1,26 @@
-"""What every test relies on: a fresh seed, poisoned allocations."""
+"""What every test relies on: a seed, poisoned allocations, one thread for each of several processes."""
 
 import os
+import random
 import sys
+import zlib
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 with torch.device("meta"):  # torch notes on first use which functions `with torch.device` redirects: the real ones
     torch.empty(0)
+
+# Threads that wait for each other make small operations many times slower where processes share the cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("fresh", print_blob=True)
+settings.load_profile("fresh" if os.environ.get("FPS_TEST_SEED") == "fresh" else "fixed")
 
 _REAL_EMPTY = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
 
@@ -31,10 +44,20 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def fresh_seed(request: pytest.FixtureRequest) -> int:
-    """A new seed in every run, printed with a failure; ``FPS_TEST_SEED`` repeats one."""
-    seed = int(os.environ.get("FPS_TEST_SEED", int.from_bytes(os.urandom(4), "little")))
-    torch.manual_seed(seed)
-    request.node.user_properties.append(("seed", seed))
-    print(f"FPS_TEST_SEED={seed}")
-    return seed
+def seed(request: pytest.FixtureRequest) -> int:
+    """The seed of a test: the same in every run, of its name, so that a suite's verdict is the same twice.
+
+    ``FPS_TEST_SEED=fresh`` draws a new one for each test (``make soak``), ``FPS_TEST_SEED=123`` repeats one; it is printed
+    with a failure.
+    """
+    wanted = os.environ.get("FPS_TEST_SEED", "")
+    if wanted == "fresh":
+        number = int.from_bytes(os.urandom(4), "little")
+    else:
+        number = int(wanted) if wanted else zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
+    request.node.user_properties.append(("seed", number))
+    print(f"FPS_TEST_SEED={number}")
+    return number

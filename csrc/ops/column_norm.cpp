@@ -14,7 +14,8 @@ constexpr int64_t ADDED_AT_ONCE = 128; // columns
 constexpr int64_t MAX_PARTIALS = (1 << 20) / sizeof(double);
 
 template <int ORDER, class T>
-void sum_chunk(const fps::Matrix& x, int64_t begin, int64_t end, int64_t first, int64_t cols, float* sums, T* tile, double* into) {
+void sum_chunk(const fps::Matrix& x, int64_t begin, int64_t end, int64_t first, int64_t cols, float* sums, T* tile,
+               double* into) {
     const bool inf = ORDER == fps::ORD_INF;
     const T* from = (const T*)x.data + first * x.col_stride;
     memset(sums, 0, PANEL * sizeof(float));
@@ -60,7 +61,8 @@ template <int ORDER, class T> int column_norm_of(const fps::Matrix& x, double* a
                 memset(into, 0, (size_t)cols * sizeof(double));
             }
             if (tile)
-                sum_chunk<ORDER>(x, chunk * chunk_rows, least((chunk + 1) * chunk_rows, x.rows), first, cols, sums, tile.data, into);
+                sum_chunk<ORDER>(x, chunk * chunk_rows, least((chunk + 1) * chunk_rows, x.rows), first, cols, sums,
+                                 tile.data, into);
         }
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < ceil_div(x.cols, ADDED_AT_ONCE); ++block) {

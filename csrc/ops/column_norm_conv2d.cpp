@@ -15,9 +15,9 @@ namespace {
 using fps::Convolution;
 using fps::Images;
 
-constexpr int64_t PANEL_ELEMENTS = 1 << 14;  // float32 sums that one item works on
-constexpr int64_t ITEM_ELEMENTS = 1 << 17;   // pixels that an item should have before images are split
-constexpr int64_t MAX_ITEMS = 32;            // items to aim for
+constexpr int64_t PANEL_ELEMENTS = 1 << 14; // float32 sums that one item works on
+constexpr int64_t ITEM_ELEMENTS = 1 << 17;  // pixels that an item should have before images are split
+constexpr int64_t MAX_ITEMS = 32;           // items to aim for
 constexpr int64_t MAX_PARTIALS = (1 << 21) / sizeof(double);
 
 // Whether kernel offset u meets pixel y in one dimension.
@@ -92,7 +92,8 @@ Span span_of(const Convolution& conv, int64_t v, int64_t width) {
     return {begin, least(width, origin + (conv.outputs[1] - 1) * step + 1), step};
 }
 
-template <bool INF> double sum_span(const Panel& p, const double* sums, int64_t c, int64_t begin, int64_t end, int64_t step) {
+template <bool INF>
+double sum_span(const Panel& p, const double* sums, int64_t c, int64_t begin, int64_t end, int64_t step) {
     double total = 0;
     const int64_t pitch = p.at(0, 1);
     const double* from = sums + p.at(c, 0);
@@ -149,7 +150,8 @@ void sum_item(const Images& x, const Convolution& conv, const Classes& classes, 
         for (int64_t y = 0; y < x.height;) {
             const int64_t here = classes.of[y];
             float* sums = scratch.sums + here * size;
-            const bool four = y + 4 <= x.height && classes.of[y + 1] == here && classes.of[y + 2] == here && classes.of[y + 3] == here;
+            const bool four =
+                y + 4 <= x.height && classes.of[y + 1] == here && classes.of[y + 2] == here && classes.of[y + 3] == here;
             if (scratch.pending[here] + 4 > TILE) {
                 flush(INF, sums, size, scratch.carried + here * size);
                 scratch.pending[here] = 0;

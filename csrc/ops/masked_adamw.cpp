@@ -16,9 +16,9 @@ constexpr int64_t BLOCK = 256;  // entries whose lines are in flight together
 
 // What the formula needs of one tensor, rounded to float32 as torch does with Python's numbers.
 struct Scalars {
-    float decay;       // 1 - lr * weight_decay
-    float step_size;   // -lr / (1 - beta1^step)
-    float root;        // sqrt(1 - beta2^step)
+    float decay;     // 1 - lr * weight_decay
+    float step_size; // -lr / (1 - beta1^step)
+    float root;      // sqrt(1 - beta2^step)
     float eps, beta1, beta2, one_minus_beta1, one_minus_beta2;
     float grad_scale;
     bool scaled, maximize, zero_grads;

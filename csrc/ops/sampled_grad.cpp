@@ -37,8 +37,8 @@ struct Aligned {
 };
 
 struct Selection {
-    const int32_t* row_offsets; // [outputs + 1]
-    const int32_t* columns;     // all that row_offsets count from
+    const int32_t* row_offsets;        // [outputs + 1]
+    const int32_t* columns;            // all that row_offsets count from
     int64_t outputs, groups, channels; // channels of one group
     int64_t nnz() const { return row_offsets[outputs] - row_offsets[0]; }
     int64_t group_of(int64_t row) const { return row / (outputs / groups); }
@@ -114,8 +114,8 @@ inline bool adjacent_channels(const Images& x) { return x.channel_stride == 1 &&
 
 // Lays down the planes of the channels [first, first + channels); `next` will follow soon.
 template <class T>
-void lay_planes(const Images& x, const Planes& layout, const Slice& slice, const Places& places, int64_t first, int64_t channels,
-                int64_t next, float* planes, float* unused, Run* runs) {
+void lay_planes(const Images& x, const Planes& layout, const Slice& slice, const Places& places, int64_t first,
+                int64_t channels, int64_t next, float* planes, float* unused, Run* runs) {
     float* to[TILE_COLS];
     for (int64_t c = 0; c < channels; ++c) {
         const int64_t plane = places.of_channel[first + c];
@@ -131,10 +131,12 @@ void lay_planes(const Images& x, const Planes& layout, const Slice& slice, const
 // a run; of_column belongs to group 0 and has `per_group` columns.
 template <class T>
 void multiply_tile(const Images& gy, const Slice& slice, const Selection& w, const Walk& walk, int64_t begin, int64_t end,
-                   const float* planes, const int64_t* of_column, int64_t per_group, float* tile, float* unused, Batch* batch) {
+                   const float* planes, const int64_t* of_column, int64_t per_group, float* tile, float* unused,
+                   Batch* batch) {
     const bool adjacent = adjacent_channels(gy);
     const int64_t pitch = walk.rows * walk.pitch;
-    const T* from = (const T*)gy.data + slice.image * gy.batch_stride + slice.row * gy.row_stride + slice.col * gy.col_stride;
+    const T* from =
+        (const T*)gy.data + slice.image * gy.batch_stride + slice.row * gy.row_stride + slice.col * gy.col_stride;
     const auto for_rows_of = [&](int64_t channel, auto fn) {
         for (int64_t image = 0; image < slice.images; ++image)
             for (int64_t row = 0; row < slice.rows; ++row)
@@ -162,7 +164,8 @@ void multiply_tile(const Images& gy, const Slice& slice, const Selection& w, con
 // ---------------------------------------------------------------------------------------------- all slices
 
 template <class TG, class TX>
-int sampled_grad_of(const Images& gy, const Images& x, const Convolution& conv, const Selection& w, float* grad, int threads) {
+int sampled_grad_of(const Images& gy, const Images& x, const Convolution& conv, const Selection& w, float* grad,
+                    int threads) {
     const int64_t kernel = conv.kernel[0] * conv.kernel[1], nnz = w.nnz();
     Scratch<int64_t> of_column(x.channels * kernel), of_channel(x.channels), blocks(x.channels);
     if (!of_column || !of_channel || !blocks) return fps::OUT_OF_MEMORY;
@@ -189,7 +192,8 @@ int sampled_grad_of(const Images& gy, const Images& x, const Convolution& conv, 
     Scratch<int64_t> at(rows);
     Aligned planes(held * size), lost(exact ? nnz : 0);
     if (!at || !planes || !lost) return fps::OUT_OF_MEMORY;
-    for (int64_t r = 0; r < rows; ++r) at.data[r] = r / slices.rows * layout.image_pitch + r % slices.rows * layout.row_pitch;
+    for (int64_t r = 0; r < rows; ++r)
+        at.data[r] = r / slices.rows * layout.image_pitch + r % slices.rows * layout.row_pitch;
     memset(grad + w.row_offsets[0], 0, (size_t)nnz * sizeof(float));
     if (exact) memset(lost.data(), 0, (size_t)nnz * sizeof(float));
     int failed = 0;
@@ -211,8 +215,8 @@ int sampled_grad_of(const Images& gy, const Images& x, const Convolution& conv, 
                 const int64_t slot = item / n_blocks, at_block = item % n_blocks, first = blocks.data[at_block] * block;
                 const int64_t next = blocks.data[least(at_block + SOON, n_blocks - 1)] * block;
                 if (ready)
-                    lay_planes<TX>(x, layout, slices.slice(begin + slot), places, first, least(block, x.channels - first), next,
-                                   planes.data() + slot * size, unused.data(), runs.data);
+                    lay_planes<TX>(x, layout, slices.slice(begin + slot), places, first, least(block, x.channels - first),
+                                   next, planes.data() + slot * size, unused.data(), runs.data);
             }
 #pragma omp for schedule(dynamic)
             for (int64_t item = 0; item < ceil_div(w.outputs, share); ++item) {
@@ -226,8 +230,8 @@ int sampled_grad_of(const Images& gy, const Images& x, const Convolution& conv, 
                     for (int64_t i = first; i < last; i += TILE_COLS) {
                         const int64_t stop = least(i + TILE_COLS, last);
                         if (w.row_offsets[i] < w.row_offsets[stop])
-                            multiply_tile<TG>(gy, slice, w, walk, i, stop, planes.data() + (s - begin) * size, places.of_column,
-                                              w.channels * kernel, tile.data(), unused.data(), &batch);
+                            multiply_tile<TG>(gy, slice, w, walk, i, stop, planes.data() + (s - begin) * size,
+                                              places.of_column, w.channels * kernel, tile.data(), unused.data(), &batch);
                     }
                     batch.flush();
                 }
@@ -243,7 +247,8 @@ template <class TG, class TX>
 int sampled_grad_in_parts(const Images& gy, const Images& x, const Convolution& conv, const Selection& w, float* grad,
                           int threads) {
     if (w.groups == 1 || w.channels > PART_CHANNELS) return sampled_grad_of<TG, TX>(gy, x, conv, w, grad, threads);
-    const int64_t part = ceil_div(PART_CHANNELS, w.channels), parts = ceil_div(w.groups, part), outputs = w.outputs / w.groups;
+    const int64_t part = ceil_div(PART_CHANNELS, w.channels), parts = ceil_div(w.groups, part),
+                  outputs = w.outputs / w.groups;
     int failed = 0;
 #pragma omp parallel for schedule(dynamic) if (threads > 1 && gy.batch * gy.height * gy.width * w.outputs > WORTH_THREADS)
     for (int64_t i = 0; i < parts; ++i) {

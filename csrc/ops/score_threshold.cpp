@@ -63,9 +63,10 @@ template <class Fn> void for_item(const Search& s, const Item& item, uint32_t* t
     with_dtype(w.dtype, [&](auto element) {
         typedef decltype(element) T;
         const T* from = (const T*)w.data + item.col * w.col_stride;
-        for_rows(from, w.row_stride, w.col_stride, item.row, item.row + item.rows, item.cols, (T*)tile, [&](int64_t i, const T* row) {
-            for_keys(row, factors_of_row(w, i) + item.col, item.cols, [&](int64_t, I here) { fn(here); });
-        });
+        for_rows(from, w.row_stride, w.col_stride, item.row, item.row + item.rows, item.cols, (T*)tile,
+                 [&](int64_t i, const T* row) {
+                     for_keys(row, factors_of_row(w, i) + item.col, item.cols, [&](int64_t, I here) { fn(here); });
+                 });
         return 0;
     });
 }
@@ -299,7 +300,8 @@ template <class T, class Fn>
 void choose(const Matrix& w, int64_t begin, int64_t end, I threshold, int64_t ties, T* tile, int32_t* found, Fn fn) {
     for_rows((const T*)w.data, w.row_stride, w.col_stride, begin, end, w.cols, tile, [&](int64_t i, const T* row) {
         int64_t n = 0;
-        for_keys(row, factors_of_row(w, i), w.cols, [&](int64_t j, I here) { n += take(j, here, threshold, &ties, found + n); });
+        for_keys(row, factors_of_row(w, i), w.cols,
+                 [&](int64_t j, I here) { n += take(j, here, threshold, &ties, found + n); });
         fn(i, found, n);
     });
 }
@@ -309,8 +311,8 @@ struct Block { // a block of rows: what it chooses, and where that begins
 };
 
 template <class T>
-int score_select_of(const Matrix& w, int32_t threshold_key, int64_t ties, int64_t nnz, int32_t* row_offsets, int32_t* columns,
-                    int threads) {
+int score_select_of(const Matrix& w, int32_t threshold_key, int64_t ties, int64_t nnz, int32_t* row_offsets,
+                    int32_t* columns, int threads) {
     const I threshold = broadcast(threshold_key);
     const int64_t block_rows = most(TILE_ROWS, least(1024, ITEM / w.cols)), n_blocks = ceil_div(w.rows, block_rows);
     Scratch<Block> blocks(n_blocks);
@@ -329,8 +331,8 @@ int score_select_of(const Matrix& w, int32_t threshold_key, int64_t ties, int64_
         for (int64_t b = 0; b < n_blocks; ++b) {
             if (!ready) continue;
             int64_t greater = 0, equal = 0;
-            for_rows((const T*)w.data, w.row_stride, w.col_stride, b * block_rows, least((b + 1) * block_rows, w.rows), w.cols,
-                     tile.data, [&](int64_t i, const T* row) {
+            for_rows((const T*)w.data, w.row_stride, w.col_stride, b * block_rows, least((b + 1) * block_rows, w.rows),
+                     w.cols, tile.data, [&](int64_t i, const T* row) {
                          for_keys(row, factors_of_row(w, i), w.cols, [&](int64_t, I here) {
                              greater += count(gt(here, threshold));
                              equal += count(eq(here, threshold));
@@ -371,7 +373,8 @@ int score_select_of(const Matrix& w, int32_t threshold_key, int64_t ties, int64_
 
 } // namespace
 
-int fps::FPS_ISA::score_kth(const Matrix* w, int64_t n, int64_t k, float* threshold, int64_t* greater, int64_t* equal, int threads) {
+int fps::FPS_ISA::score_kth(const Matrix* w, int64_t n, int64_t k, float* threshold, int64_t* greater, int64_t* equal,
+                            int threads) {
     Search s = {w, n, 0, k, nullptr, 0, nullptr, 0, 0, threads};
     for (int64_t t = 0; t < n; ++t) {
         s.total += w[t].rows * w[t].cols;
@@ -396,6 +399,7 @@ int fps::FPS_ISA::score_select(const Matrix& w, float threshold, int64_t ties, i
     // Scores are not negative: every one of them lies above a negative threshold.
     const int32_t threshold_key = threshold < 0 ? -1 : key(threshold, 1.0f);
     return with_dtype(w.dtype, [&](auto element) {
-        return score_select_of<decltype(element)>(w, threshold_key, threshold < 0 ? 0 : ties, nnz, row_offsets, columns, threads);
+        return score_select_of<decltype(element)>(w, threshold_key, threshold < 0 ? 0 : ties, nnz, row_offsets, columns,
+                                                  threads);
     });
 }

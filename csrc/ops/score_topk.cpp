@@ -137,7 +137,8 @@ void topk_of_row(const T* w, const float* a, int64_t cols, int64_t k, const RowS
         } else if (n <= FEW) {
             keep_best<FEW>(row, n, k, columns);
         } else { // many equal keys, or a row that is ordered in a way that defeats the groups
-            emit(row, cols, k, kth_of_many(row.keys, cols, k, bound < 0 ? 0 : bound, highest_of<GROUPS>(maxima), row.work), columns);
+            emit(row, cols, k, kth_of_many(row.keys, cols, k, bound < 0 ? 0 : bound, highest_of<GROUPS>(maxima), row.work),
+                 columns);
         }
     } else if (k == cols) {
         for (int64_t j = 0; j < cols; ++j) columns[j] = (int32_t)j;
@@ -166,15 +167,16 @@ template <class T> int score_topk_of(const fps::Matrix& w, int64_t k, int32_t* c
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             if (!ready) continue;
             const int64_t begin = chunk * chunk_rows, end = least(begin + chunk_rows, w.rows);
-            for_rows((const T*)w.data, w.row_stride, w.col_stride, begin, end, w.cols, tile.data, [&](int64_t i, const T* elements) {
-                const float* a = factors_of_row(w, i);
-                if (k == 1)
-                    columns[i] = top1_of_row(elements, a, w.cols, elements + AHEAD);
-                else if (k <= 8)
-                    topk_of_row<32>(elements, a, w.cols, k, row, columns + i * k);
-                else
-                    topk_of_row<64>(elements, a, w.cols, k, row, columns + i * k);
-            });
+            for_rows((const T*)w.data, w.row_stride, w.col_stride, begin, end, w.cols, tile.data,
+                     [&](int64_t i, const T* elements) {
+                         const float* a = factors_of_row(w, i);
+                         if (k == 1)
+                             columns[i] = top1_of_row(elements, a, w.cols, elements + AHEAD);
+                         else if (k <= 8)
+                             topk_of_row<32>(elements, a, w.cols, k, row, columns + i * k);
+                         else
+                             topk_of_row<64>(elements, a, w.cols, k, row, columns + i * k);
+                     });
         }
     }
     return failed ? fps::OUT_OF_MEMORY : fps::OK;

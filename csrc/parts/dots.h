@@ -44,7 +44,8 @@ template <int N> inline void multiply(const Walk& walk, const float* first, cons
 inline void add_lanes(const float* sums, int64_t n, float* results, float* lost) {
     for (int64_t e = 0; e < n; e += LANES) {
         const int64_t here = least(LANES, n - e);
-        const F part = sum_rows(sums + e * LANES), before = here == LANES ? load(results + e) : load_first(results + e, here);
+        const F part = sum_rows(sums + e * LANES),
+                before = here == LANES ? load(results + e) : load_first(results + e, here);
         F total = before + part;
         if (lost) { // Kahan's summation; nothing is lost of infinity
             const F wanted = part - (here == LANES ? load(lost + e) : load_first(lost + e, here));
@@ -74,7 +75,8 @@ struct Batch {
     }
 
     // The products of `first` with the runs that begin at second + at[which[i]].
-    void add(const Walk& walk, const float* first, const float* second, const int64_t* at, const int32_t* which, int64_t count) {
+    void add(const Walk& walk, const float* first, const float* second, const int64_t* at, const int32_t* which,
+             int64_t count) {
         for (int64_t e = 0; e < count;) {
             if (n == BATCH) flush();
             const float* runs[4];

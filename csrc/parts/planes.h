@@ -34,7 +34,8 @@ template <class T> inline void copy_run(const T* from, int64_t stride, int64_t n
 }
 
 // LANES elements of each of LANES adjacent runs; to[c] + at is where run c goes on. `ahead` is what will be read soon.
-template <class T> inline void transpose_square(const T* from, int64_t stride, const T* ahead, float* const* to, int64_t at) {
+template <class T>
+inline void transpose_square(const T* from, int64_t stride, const T* ahead, float* const* to, int64_t at) {
     F v[LANES];
     for (int r = 0; r < LANES; ++r, from += stride, ahead += stride) {
         __builtin_prefetch(ahead, 0, 2);
@@ -45,7 +46,8 @@ template <class T> inline void transpose_square(const T* from, int64_t stride, c
 }
 
 // The first `n` <= LANES elements of the first `cols` <= LANES of such runs, and zeros for the others.
-template <class T> void transpose_part(const T* from, int64_t stride, int64_t n, int64_t cols, float* const* to, int64_t at) {
+template <class T>
+void transpose_part(const T* from, int64_t stride, int64_t n, int64_t cols, float* const* to, int64_t at) {
     F v[LANES];
     for (int r = 0; r < LANES; ++r) {
         v[r] = broadcast(0.0f);
@@ -152,7 +154,8 @@ inline Run run_of(const Axis& across, int64_t phase, const Slice& slice, int64_t
 
 // Calls `fn(pixels, begin, end, n, at)` for every run of a slice's planes, as they lie in memory: n numbers from `at` on, of
 // which [begin, end) begin with *pixels in the first channel and the others are padding. `runs` is scratch [across.phases].
-template <class T, class Fn> inline void for_runs(const Images& x, const Planes& layout, const Slice& slice, Run* runs, Fn fn) {
+template <class T, class Fn>
+inline void for_runs(const Images& x, const Planes& layout, const Slice& slice, Run* runs, Fn fn) {
     const Axis &down = layout.down, &across = layout.across;
     const int64_t n = slice.cols + across.beyond;
     for (int64_t phase = 0; phase < across.phases; ++phase) runs[phase] = run_of(across, phase, slice, x.width);
@@ -190,8 +193,8 @@ void fill_plane(const Images& x, const Planes& layout, const Slice& slice, int64
 // The same for `channels` <= TILE_COLS channels, adjacent in memory, from `first` on; planes[c] is null where nobody needs
 // channel c. `unused` has room for a run.
 template <class T>
-void fill_planes(const Images& x, const Planes& layout, const Slice& slice, int64_t first, int64_t channels, float* const* planes,
-                 float* unused, Run* runs) {
+void fill_planes(const Images& x, const Planes& layout, const Slice& slice, int64_t first, int64_t channels,
+                 float* const* planes, float* unused, Run* runs) {
     const int64_t step = layout.across.stride * x.col_stride;
     for_runs<T>(x, layout, slice, runs, [&](const T* pixels, int64_t begin, int64_t end, int64_t n, int64_t at) {
         float* to[TILE_COLS];

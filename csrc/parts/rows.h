@@ -87,7 +87,8 @@ void copy_tile(const T* from, int64_t row_stride, int64_t col_stride, int64_t ro
 // Calls `fn(row, elements)` for the rows [begin, end) of a matrix at `from`, in order, each as `cols` adjacent elements:
 // in place where they are adjacent, otherwise copied to `tile` TILE_ROWS rows at a time.
 template <class T, class Fn>
-void for_rows(const T* from, int64_t row_stride, int64_t col_stride, int64_t begin, int64_t end, int64_t cols, T* tile, Fn fn) {
+void for_rows(const T* from, int64_t row_stride, int64_t col_stride, int64_t begin, int64_t end, int64_t cols, T* tile,
+              Fn fn) {
     if (!needs_tiles(cols, col_stride)) {
         for (int64_t i = begin; i < end; ++i) fn(i, from + i * row_stride);
         return;

@@ -1,6 +1,7 @@
 """What each way of choosing and tuning would need, and the largest batch that fits: nothing is allocated, no GPU needed."""
 
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -264,20 +265,27 @@ def _bytes(tensors: Any) -> int:
 
 
 def _largest_batch(peak: Callable[[int], int], memory: int) -> int:
-    """The largest batch whose peak fits: found by a straight line, then confirmed on both sides."""
-    one, two = peak(1), peak(2)
-    if one > memory:
+    """The largest batch whose peak fits, confirmed on both sides.
+
+    Peaks are flat where the optimizer sets them, and a straight line beyond: a line through a batch that fits and one that
+    does not never overshoots then, and its second guess lies on the straight part.
+    """
+    known = {1: peak(1)}
+    if known[1] > memory:
         return 0
-    each = max(1, two - one)
-    fits, fails = 1, None
-    guess = 1 + (memory - one) // each
-    while fails is None or fails - fits > 1:
-        if peak(guess) <= memory:
-            fits = max(fits, guess)
-            guess = guess + 1 if fails is None else (fits + fails) // 2
+    fits, fails = 1, 8
+    known[fails] = peak(fails)
+    while known[fails] <= memory:
+        slope = (known[fails] - known[fits]) / (fails - fits)
+        fits = fails
+        fails = 8 * fits if slope <= 0 else fits + 1 + math.ceil(1.05 * (memory - known[fits]) / slope)
+        known[fails] = peak(fails)
+    while fails - fits > 1:
+        share = (memory - known[fits]) / (known[fails] - known[fits])
+        guess = min(fails - 1, max(fits + 1, fits + int(share * (fails - fits))))
+        known[guess] = peak(guess)
+        if known[guess] <= memory:
+            fits = guess
         else:
-            fails = guess if fails is None else min(fails, guess)
-            guess = max(fits + 1, guess - 1) if fails - fits <= 4 else (fits + fails) // 2
-        if fails is not None and guess >= fails:
-            guess = (fits + fails) // 2
+            fails = guess
     return fits
