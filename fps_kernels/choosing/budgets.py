@@ -1,9 +1,10 @@
 """How many entries, and who competes with whom. Counts are exact, always."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from fps_kernels import ops
 from fps_kernels.selection import WeightSelection, uniform_row_offsets
 from fps_kernels.weights.matrix import MatrixLayout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,36 @@ class ScoredWeight:
         return self.layout.matrix(self.values)
 
 
+class Budget(ABC):
+    """How many entries of which weights.
+
+    Attributes:
+        competes: whether the entries of all weights compete with each other, so that all weights must be there at once.
+    """
+
+    competes: bool = False
+
+    def groups(self, names: Iterable[T]) -> list[list[T]]:
+        """Weights that compete, together: each alone, or all."""
+        return [list(names)] if self.competes else [[name] for name in names]
+
+    @abstractmethod
+    def check(self, name: str, layout: MatrixLayout) -> None:
+        """Refuse a weight that the budget does not fit.
+
+        Raises:
+            ValueError: with the weight's name.
+        """
+
+    @abstractmethod
+    def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
+        """The best entries of a group of weights."""
+
+    @abstractmethod
+    def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
+        """As many entries of a group of weights, drawn uniformly."""
+
+
 def _check_density(density: float) -> None:
     if not isinstance(density, Real):
         raise TypeError(f"density must be a number, got {density!r}")
@@ -47,7 +80,7 @@ def _count(density: float, entries: int) -> int:
 
 
 @dataclass(frozen=True)
-class PerNeuron:
+class PerNeuron(Budget):
     """The ``k`` best entries of every output neuron (row): ``k * O`` entries of each weight.
 
     Source: section 3.2 of GPS (Zhang et al., CVPR 2024), kept by FPS (arXiv 2510.27359).
@@ -101,7 +134,7 @@ class PerNeuron:
         return chosen
 
 
-class _EachWeight(ABC):
+class _EachWeight(Budget):
     """Every weight has a number of entries of its own, which compete within it."""
 
     @abstractmethod
@@ -177,7 +210,7 @@ class LikeLoRA(_EachWeight):
 
 
 @dataclass(frozen=True)
-class Global:
+class Global(Budget):
     """The best ``density`` of the entries of all weights together: ``round(density * entries)``, at least one.
 
     Attributes:
@@ -188,6 +221,7 @@ class Global:
     """
 
     density: float
+    competes = True
 
     def __post_init__(self) -> None:
         _check_density(self.density)
@@ -216,9 +250,6 @@ class Global:
             name: WeightSelection.from_flat(layout, part - (end - size))
             for (name, layout), part, end, size in zip(layouts.items(), parts, ends, sizes, strict=True)
         }
-
-
-Budget = PerNeuron | PerTensor | LikeLoRA | Global
 
 
 def check_budget(budget: Any) -> None:

@@ -52,14 +52,14 @@ def eligible_weights(
 
 
 def usable_layouts(
-    eligible: dict[str, nn.Parameter], stats: ActivationStats, skipped: dict[str, str]
-) -> dict[str, MatrixLayout]:
-    """Layouts of the eligible weights that have statistics; reasons for the others go to ``skipped``.
+    eligible: dict[str, nn.Parameter], stats: ActivationStats
+) -> tuple[dict[str, MatrixLayout], dict[str, str]]:
+    """Layouts of the eligible weights that have statistics, and why the others have none.
 
     Raises:
-        ValueError: statistics of another model, or no weight left.
+        ValueError: statistics of another model.
     """
-    layouts = {}
+    layouts, unusable = {}, {}
     for name, p in eligible.items():
         if name in stats:
             layout = stats[name].layout
@@ -70,10 +70,7 @@ def usable_layouts(
                 )
             layouts[name] = layout
         elif name in stats.unused:
-            skipped[name] = stats.unused[name]
+            unusable[name] = stats.unused[name]
         else:
             raise ValueError(f"stats are of another model: they do not mention {name}")
-    if not layouts:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
-        raise ValueError(f"no weight is left to choose from ({reasons or 'the model has no matrix weights'})")
-    return layouts
+    return layouts, unusable

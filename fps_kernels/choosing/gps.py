@@ -177,7 +177,7 @@ def gps_select(
                 skipped[name] = survey.reason_unused(name, p, watch.other_uses)
         if not scored:
             raise ValueError("no weight is left to choose from: none got a gradient")
-        chosen = best_entries(scored, budget, "gradient")
+        chosen = best_entries(budget.groups(scored), budget, "gradient")
     description = {"scorer": f"GPS(loss={loss if isinstance(loss, str) else 'custom'})", "budget": repr(budget)}
     return Selection(chosen, dense_names, skipped, dict(survey.tied), description)
 

@@ -1,14 +1,14 @@
 """``select``: statistics, a scorer and a budget make a selection."""
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
 from fps_kernels.choosing.best_entries import best_entries
-from fps_kernels.choosing.budgets import Budget, Global, PerNeuron, ScoredWeight, check_budget
+from fps_kernels.choosing.budgets import Budget, PerNeuron, ScoredWeight, check_budget
 from fps_kernels.choosing.calibration import calibrate
 from fps_kernels.choosing.candidates import eligible_weights, usable_layouts
 from fps_kernels.choosing.feeding import Forward
@@ -93,41 +93,41 @@ def select(
         )
     elif scorer.ord is not None and stats.ord != scorer.ord:
         raise ValueError(f"stats has ord={stats.ord}, but {scorer!r} needs ord={scorer.ord}")
-    layouts = usable_layouts(eligible, stats, skipped)
+    layouts, unusable = usable_layouts(eligible, stats)
+    skipped |= unusable
+    if not layouts:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+        raise ValueError(f"no weight is left to choose from ({reasons or 'the model has no matrix weights'})")
     for name, layout in layouts.items():
         budget.check(name, layout)
-    offloaded = survey.offloaded
     if isinstance(scorer, Random):
-        chosen = budget.draw(layouts, torch.Generator().manual_seed(scorer.seed))
-        chosen = {name: w if name in offloaded else w.to(eligible[name].device) for name, w in chosen.items()}
-    elif away := offloaded.keys() & layouts.keys():
-        if isinstance(budget, Global):
-            raise ValueError(
-                f"a Global budget compares all weights, and {min(away)} is offloaded: use PerTensor, LikeLoRA or PerNeuron"
-            )
-        chosen = {
-            name: _choose_one(name, eligible[name], offloaded.get(name), layouts[name], budget, scorer, stats)
-            for name in layouts
-        }
+        generator = torch.Generator().manual_seed(scorer.seed)
+        chosen: dict[str, WeightSelection] = {}
+        for names in budget.groups(layouts):
+            chosen |= budget.draw({name: layouts[name] for name in names}, generator)
     else:
-        factors = {name: scorer.factors(stats, name).to(eligible[name].device, torch.float32) for name in layouts}
-        scored = [ScoredWeight(n, layout, eligible[n].detach(), factors[n]) for n, layout in layouts.items()]
-        chosen = best_entries(scored, budget)
+        chosen = best_entries(_scored(survey, layouts, budget, scorer, stats), budget)
+    chosen = {name: w.to("cpu" if name in survey.offloaded else eligible[name].device) for name, w in chosen.items()}
     description = {"scorer": repr(scorer), "budget": repr(budget)}
     return Selection(chosen, dense_names, skipped, dict(stats.tied), description)
 
 
-def _choose_one(
-    name: str,
-    parameter: nn.Parameter,
-    owner: tuple[nn.Module, str] | None,
-    layout: MatrixLayout,
-    budget: Budget,
-    scorer: ColumnScorer,
-    stats: ActivationStats,
-) -> WeightSelection:
-    """The choice from one weight, which is brought in for it if it is offloaded; indices of those are on the CPU."""
-    with nullcontext(parameter.detach()) if owner is None else brought_in(*owner) as values:
-        factors = scorer.factors(stats, name).to(values.device, torch.float32)
-        chosen = best_entries([ScoredWeight(name, layout, values, factors)], budget)[name]
-        return chosen if owner is None else chosen.to("cpu")
+def _scored(
+    survey: Survey, layouts: dict[str, MatrixLayout], budget: Budget, scorer: ColumnScorer, stats: ActivationStats
+) -> Iterator[list[ScoredWeight]]:
+    """Weights with their factors, by groups that compete; offloaded ones are brought in while their group is chosen from."""
+    if budget.competes and (away := survey.offloaded.keys() & layouts.keys()):
+        raise ValueError(
+            f"a {type(budget).__name__} budget compares all weights, and {min(away)} is offloaded: use PerTensor, LikeLoRA "
+            "or PerNeuron"
+        )
+    for names in budget.groups(layouts):
+        with ExitStack() as present:
+            group = []
+            for name in names:
+                owner = survey.offloaded.get(name)
+                parameter = survey.parameters[name].detach()
+                values = parameter if owner is None else present.enter_context(brought_in(*owner))
+                factors = scorer.factors(stats, name).to(values.device, torch.float32)
+                group.append(ScoredWeight(name, layouts[name], values, factors))
+            yield group

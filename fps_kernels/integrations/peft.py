@@ -84,7 +84,7 @@ def shira_mask(
         budget, layout = LikeLoRA(r), found[name].layout
         budget.check(name, layout)
         factors = scorer.factors(found, name).to(weight.device, torch.float32)
-        chosen = best_entries([ScoredWeight(name, layout, weight.detach(), factors)], budget)
+        chosen = best_entries([[ScoredWeight(name, layout, weight.detach(), factors)]], budget)
         return chosen[name].mask().to(weight.dtype)
 
     return mask_fn
