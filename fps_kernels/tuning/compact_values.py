@@ -1,5 +1,6 @@
 """The chosen entries of one attached weight: their values as a parameter, and where they lie."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ from fps_kernels import ops
 from fps_kernels.selection import WeightSelection
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated
 
+LIVING: "weakref.WeakSet[SelectedEntries]" = weakref.WeakSet()  # in this process, attached or not
 NEARLY_ALL = 7 / 8  # of the columns: the whole input is kept as it is then, which costs less than to copy most of it
 
 
@@ -54,6 +56,7 @@ class SelectedEntries(nn.Module):
         self._link()
 
     def _link(self) -> None:
+        LIVING.add(self)
         self.values.selected_entries = self  # type: ignore[attr-defined]
         if self._place:
             self.mark_written()

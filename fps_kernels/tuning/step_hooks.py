@@ -1,11 +1,15 @@
-"""What an optimizer's step does beside its own: values that it changed go into their weights."""
+"""What an optimizer's step does beside its own: values that it changed go into their weights.
+
+The hooks are the process's, and stay: after a tuner was detached they refuse the steps of its optimizer, whoever made that.
+As long as no compact values live they return at once.
+"""
 
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from fps_kernels.tuning.compact_values import entries_of
+from fps_kernels.tuning.compact_values import LIVING, entries_of
 from fps_kernels.tuning.tuned_weight import TunedWeight
 
 _hooked = False
@@ -21,6 +25,8 @@ def install_hooks() -> None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not LIVING:
+        return
     params = [p for group in optimizer.param_groups for p in group["params"]]
     held = set(params)
     for p in params:
@@ -38,7 +44,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if getattr(optimizer, "writes_attached_weights", False):
+    if not LIVING or getattr(optimizer, "writes_attached_weights", False):
         return
     for group in optimizer.param_groups:
         for p in group["params"]:

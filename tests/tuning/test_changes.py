@@ -1,11 +1,15 @@
 """``attach``: weights and values that others change, replace or convert behind the tuner's back."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fps_kernels as fps
+from fps_kernels.tuning import step_hooks
 from tests.support.models import Classifier, images, labelled
 from tests.support.tolerances import assert_sums_close
 from tests.support.training import RATES, loss_of, selected, train
@@ -172,3 +176,18 @@ def test_a_second_tuner_is_refused():
     with pytest.raises(ValueError, match="is attached already: detach its tuner first"):
         fps.attach(model, {"embed.weight": rest.masks()["embed.weight"]})
     train(model, fps.MaskedAdamW(tuner, **RATES), [labelled()])
+
+
+def test_compact_values_live_no_longer_than_they_are_held(monkeypatch):
+    """The hooks of steps, which every optimizer of the process runs, look at nothing once none live."""
+    model = Classifier()
+    tuner = fps.attach(model, selected(model))
+    entries = weakref.ref(tuner.compact["hidden.weight"].selected_entries)
+    assert entries() in step_hooks.LIVING
+    tuner.detach()
+    del tuner, model
+    gc.collect()
+    assert entries() is None
+    monkeypatch.setattr(step_hooks, "LIVING", weakref.WeakSet())
+    step_hooks._before_step(None, (), {})
+    step_hooks._after_step(None, (), {})
