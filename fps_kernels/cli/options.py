@@ -1,12 +1,18 @@
 """Options that several commands share, and what they mean."""
 
+from collections.abc import Mapping
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
 import typer
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
 MODEL, DATA, CHOICE, TRAINING, RUN = "Model", "Data", "Choice", "Training", "Run"
 
 
@@ -15,6 +21,11 @@ class Precision(StrEnum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Precision | None":
+        """torch's own names, where a command takes any text."""
+        return {"float32": cls.fp32, "bfloat16": cls.bf16}.get(str(value))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,6 +61,18 @@ class Device(StrEnum):
         if self is Device.cuda and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no GPU here")
         return torch.device(self.value)
+
+
+def record(kind: type[Record], given: Mapping[str, Any], **made: Any) -> Record:
+    """A dataclass of the options of a command, which has them under the same names.
+
+    Args:
+        kind: the dataclass.
+        given: the command's arguments by name, others among them.
+        made: fields that are not what was given.
+    """
+    names = [field.name for field in fields(kind)]
+    return kind(**{name: made[name] if name in made else given[name] for name in names})
 
 
 Model = Annotated[str, typer.Argument(help="A timm architecture, such as vit_base_patch16_224.", metavar="MODEL")]

@@ -8,10 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fps_kernels.report.layers import kind_of
 from fps_kernels.selection import Selection
-
-ROWS_SHOWN_ONE_BY_ONE = 24
+from fps_kernels.selection.summary import is_deep, summarised
 
 
 def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
@@ -35,22 +33,9 @@ def print_json(value: Any) -> None:
 
 def print_selection(title: str, selection: Selection) -> None:
     """One row per weight; for deep models one row per kind of weight."""
-    deep = len(selection) > ROWS_SHOWN_ONE_BY_ONE
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for row in selection.summary():
-        kinds.setdefault(kind_of(row["name"]) if deep else row["name"].removesuffix(".weight"), []).append(row)
+    deep = is_deep(selection)
     body = []
-    for kind, members in kinds.items():
-        shapes = {"×".join(map(str, m["shape"])) for m in members}
-        shares = [m["distinct_columns"] / selection[m["name"]].layout.shape[1] for m in members]
-        low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
-        chosen, entries = sum(m["chosen"] for m in members), sum(_entries(selection, m["name"]) for m in members)
-        shape = shapes.pop() if len(shapes) == 1 else "various"
-        body.append([kind, *([str(len(members))] if deep else []), shape, f"{chosen:,}", f"{chosen / entries:.2%}"])
-        body[-1].append(low if low == high else f"{low}–{high}")
+    for row in summarised(selection):
+        layers = [str(row.weights)] if deep else []
+        body.append([row.name, *layers, row.shape, f"{row.chosen:,}", f"{row.density:.2%}", row.columns_text])
     print_table(title, ["weight", *(["layers"] if deep else []), "shape", "chosen", "density", "columns"], body)
-
-
-def _entries(selection: Selection, name: str) -> int:
-    rows, columns = selection[name].layout.shape
-    return rows * columns

@@ -3,17 +3,16 @@
 import re
 from typing import Annotated
 
-import torch
 import typer
 
 from fps_kernels.cli.config import Config
+from fps_kernels.cli.options import Precision
 from fps_kernels.cli.output import print_json, print_table
 from fps_kernels.memory import format_bytes
 from fps_kernels.memory.planning import MEANINGS, METHODS
 from fps_kernels.memory.planning import plan as make_plan
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-_DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 
 
 def parse_bytes(text: str) -> int:
@@ -45,10 +44,12 @@ def plan(
     Example: fps-kernels plan vit_huge_patch14_224 --batch-size 16 \\
                  --dtype bf16 --gpu-memory 24GiB
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    try:
+        precision = Precision(dtype)
+    except ValueError as error:
+        raise ValueError(f"--dtype must be one of fp32, float32, bf16, bfloat16, got {dtype!r}") from error
     memory = parse_bytes(gpu_memory) if gpu_memory is not None else None
-    found = make_plan(model, batch_size, dtype=_DTYPES[dtype], memory=memory, methods=method or None, k=k)
+    found = make_plan(model, batch_size, dtype=precision.dtype, memory=memory, methods=method or None, k=k)
     if json:
         print_json([cost.__dict__ for cost in found.costs])
         return

@@ -47,28 +47,16 @@ def select(
     """Choose the entries worth tuning for some images: forward passes only, no labels, no gradients.
 
     \b
-    Example: fps-kernels select vit_base_patch16_224 --pretrained --data cifar10 \\
+    Example: fps-kernels select vit_base_patch16_224 --pretrained --data torch/cifar10 \\
                  --k 4 --output fps.safetensors
     """
+    given = locals()
     check_writable(output)
     from fps_kernels.runs.choice import Choice, choose
     from fps_kernels.runs.images import Reading, default_workers, training_images
     from fps_kernels.runs.models import load_model
 
-    choice = Choice(
-        scorer=scorer.value,
-        anchor=anchor,
-        k=k,
-        density=density,
-        across=across,
-        include=tuple(include) if include else None,
-        exclude=tuple(exclude) if exclude else None,
-        dense=tuple(dense) if dense else None,
-        samples=samples,
-        batch_size=batch_size,
-        micro_batch=micro_batch,
-        seed=seed,
-    )
+    choice = options.record(Choice, given, scorer=scorer.value)
     place = device.resolve()
     images = training_images(data, train_split, data_root, download)
     loaded = load_model(

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from fps_kernels.cli.options import RUN, TRAINING, Device, Precision, ScorerName
 from fps_kernels.cli.output import print_json, print_table
 from fps_kernels.memory import format_bytes
 from fps_kernels.storage.atomic import check_writable
+
+if TYPE_CHECKING:
+    from fps_kernels.runs.job import Tuned
 
 
 class Augment(StrEnum):
@@ -105,9 +108,10 @@ def tune(
     Killed at any time and started again with the same command, it goes on and ends with the same weights.
 
     \b
-    Example: fps-kernels tune vit_base_patch16_224 --pretrained --data cifar10 \\
+    Example: fps-kernels tune vit_base_patch16_224 --pretrained --data torch/cifar10 \\
                  --k 4 --epochs 10 --output task.safetensors
     """
+    given = locals()
     for name, number in (("--lr", lr), ("--lr-dense", lr_dense), ("--clip-grad", clip_grad)):
         if number is not None and not 0 < number < float("inf"):
             raise ValueError(f"{name} must be positive, got {number}")
@@ -128,35 +132,8 @@ def tune(
     from fps_kernels.runs.loop import Habits, Recipe
     from fps_kernels.runs.models import load_model
 
-    choice = Choice(
-        scorer=scorer.value,
-        anchor=anchor,
-        k=k,
-        density=density,
-        across=across,
-        include=tuple(include) if include else None,
-        exclude=tuple(exclude) if exclude else None,
-        dense=tuple(dense) if dense else None,
-        samples=samples,
-        batch_size=batch_size,
-        micro_batch=micro_batch,
-        seed=seed,
-    )
-    recipe = Recipe(
-        epochs=epochs,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        lr=lr,
-        lr_dense=lr if lr_dense is None else lr_dense,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        label_smoothing=label_smoothing,
-        clip_grad=clip_grad,
-        autocast=autocast,
-        augment=augment.value,
-        crop_scale=crop_scale,
-        seed=seed,
-    )
+    choice = options.record(Choice, given, scorer=scorer.value)
+    recipe = options.record(Recipe, given, lr_dense=lr if lr_dense is None else lr_dense, augment=augment.value)
     place = device.resolve()
     if deterministic:
         make_deterministic(place)
@@ -178,7 +155,7 @@ def tune(
         selection=selection,
         choice=choice,
         recipe=recipe,
-        habits=Habits(save_minutes, save_steps, log_steps, eval_epochs),
+        habits=options.record(Habits, given),
         workers=default_workers() if workers is None else workers,
         folder=folder,
         output=output,
@@ -190,6 +167,10 @@ def tune(
         found = asdict(tuned)
         print_json({"file": str(output), "bytes": found.pop("bytes"), "run": str(folder), **found})
         return
+    _print(tuned, output, folder)
+
+
+def _print(tuned: "Tuned", output: Path, folder: Path) -> None:
     rows = [
         ["accuracy", f"{tuned.accuracy:.2%} of {tuned.test_images:,} test images"],
         ["test loss", f"{tuned.test_loss:.4f}"],

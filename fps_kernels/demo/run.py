@@ -1,6 +1,5 @@
 """The demo itself: select with FPS, GPS and at random, tune each choice, print what it cost and what it gave."""
 
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -26,8 +25,8 @@ from fps_kernels.memory import MemoryReport, format_bytes, measure
 from fps_kernels.ops import backend_for
 from fps_kernels.runs.models import timm_model
 from fps_kernels.selection import Selection
+from fps_kernels.selection.summary import summarised
 
-ROWS_SHOWN_ONE_BY_ONE = 24
 WORTH_REPEATING = 5.0  # seconds
 
 
@@ -178,31 +177,12 @@ def _compare(
 
 def _print_choice(console: Console, selection: Selection) -> None:
     """One row per weight; for deep models one row per kind of weight."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for row in selection.summary():
-        deep = len(selection) > ROWS_SHOWN_ONE_BY_ONE
-        rows.setdefault(
-            re.sub(r"\.\d+\.", ".*.", row["name"].removesuffix(".weight")) if deep else row["name"].removesuffix(".weight"),
-            [],
-        ).append(row)
     table = Table(title="What FPS chose", title_justify="left")
     table.add_column("weight")
     for heading in ("layers", "shape", "chosen", "density", "columns used"):
         table.add_column(heading, justify="right")
-    for name, members in rows.items():
-        shapes = {"×".join(map(str, m["shape"])) for m in members}
-        columns = [m["distinct_columns"] / selection[m["name"]].layout.shape[1] for m in members]
-        spread = f"{min(columns):.0%}" if len(members) == 1 else f"{min(columns):.0%}–{max(columns):.0%}"
-        count = sum(m["chosen"] for m in members)
-        entries = sum(m["chosen"] / m["density"] for m in members)
-        table.add_row(
-            name,
-            str(len(members)),
-            shapes.pop() if len(shapes) == 1 else "various",
-            f"{count:,}",
-            f"{count / entries:.2%}",
-            spread,
-        )
+    for row in summarised(selection):
+        table.add_row(row.name, str(row.weights), row.shape, f"{row.chosen:,}", f"{row.density:.2%}", row.columns_text)
     console.print(table)
     console.print(f"{selection.nnz:,} entries, {selection.density:.2%} of the weights they were chosen from\n")
 

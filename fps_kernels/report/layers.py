@@ -1,19 +1,14 @@
 """What there is to say of each weight: how many entries, in which columns, how concentrated."""
 
-import re
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fps_kernels.selection import Selection
+from fps_kernels.selection.summary import kind_of
 
 MOST_KINDS = 8  # as many colours as can be told apart
-
-
-def kind_of(name: str) -> str:
-    """The name of a weight without the number of its layer: ``blocks.*.attn.qkv``."""
-    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name.removesuffix(".weight"))
 
 
 @dataclass(frozen=True)

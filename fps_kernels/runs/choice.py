@@ -1,7 +1,7 @@
 """From the options of a choice to a selection."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,15 +31,18 @@ class Choice:
     k: int | None
     density: float | None
     across: bool
-    include: tuple[str, ...] | None
-    exclude: tuple[str, ...] | None
-    dense: tuple[str, ...] | None
+    include: Sequence[str] | None
+    exclude: Sequence[str] | None
+    dense: Sequence[str] | None
     samples: int
     batch_size: int
     micro_batch: int | None
     seed: int
 
     def __post_init__(self) -> None:
+        for name in ("include", "exclude", "dense"):
+            patterns = getattr(self, name)
+            object.__setattr__(self, name, tuple(patterns) if patterns else None)
         if self.scorer not in SCORERS:
             raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, got {self.scorer!r}")
         if self.k is not None and self.density is not None:
