@@ -21,7 +21,7 @@ def main() -> None:
         from fps_kernels.cli.select import select
         from fps_kernels.cli.tune import tune
     except ImportError as error:
-        print(f"error: the command line needs {error.name}: pip install 'fps-kernels[cli]'", file=sys.stderr)
+        print(f"error: the command line needs {error.name}: pip install 'fps-kernels-torch[cli]'", file=sys.stderr)
         sys.exit(2)
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)

@@ -32,7 +32,7 @@ def demo(
     try:
         from fps_kernels.demo.run import Settings, run
     except ImportError as error:
-        raise ImportError(f"the demo needs {error.name}: pip install 'fps-kernels[demo]'", name=error.name) from error
+        raise ImportError(f"the demo needs {error.name}: pip install 'fps-kernels-torch[demo]'", name=error.name) from error
     folder = data is not None
     run(
         Settings(

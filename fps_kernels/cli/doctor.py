@@ -7,18 +7,22 @@ import torch
 import typer
 
 from fps_kernels import ops
+from fps_kernels._version import __version__
 from fps_kernels.cli.config import Config
 from fps_kernels.cli.options import Json
 from fps_kernels.cli.output import print_json
 from fps_kernels.ops import native
 from fps_kernels.ops._dispatch import OPS
 
+NOT_INSTALLED = "not installed"
+OTHER = "fps-kernels"  # in the index: a plugin of a Jupyter server
+
 
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
 
 
 def _self_test(device: str) -> str:
@@ -37,6 +41,17 @@ def _self_test(device: str) -> str:
     return "passed"
 
 
+def _other_distribution() -> str | None:
+    """What to do about a distribution whose import package has the name of this one; ``None`` where it is not installed."""
+    version = _version(OTHER)
+    if version == NOT_INSTALLED:
+        return None
+    return (
+        f"{OTHER} {version} is installed, another project whose import package is fps_kernels, too: each overwrites files "
+        f"of the other; pip uninstall {OTHER}, then pip install --force-reinstall --no-deps fps-kernels-torch"
+    )
+
+
 def doctor(json: Json = False, config: Config = None) -> None:
     """Which kernels run here and why, versions, and a self-test. The exit code is 1 if the self-test fails.
 
@@ -46,7 +61,8 @@ def doctor(json: Json = False, config: Config = None) -> None:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     reason = native.unavailable_reason()
     found: dict[str, object] = {
-        "versions": {p: _version(p) for p in ("fps-kernels", "torch", "triton", "timm", "peft", "transformers")},
+        "versions": {"fps-kernels-torch": __version__}
+        | {p: _version(p) for p in ("torch", "triton", "timm", "peft", "transformers")},
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
@@ -61,6 +77,8 @@ def doctor(json: Json = False, config: Config = None) -> None:
         except (AssertionError, RuntimeError) as error:
             tests[device], failed = f"FAILED: {error}", True
     found["self-test"] = tests
+    if conflict := _other_distribution():
+        found["conflict"] = conflict
     if json:
         print_json(found)
     else:

@@ -43,7 +43,7 @@ def _is_the_users(error: Exception) -> bool:
 def _hint(error: Exception) -> str:
     """What brings a package that is missing, where the message does not say it."""
     if isinstance(error, ModuleNotFoundError) and "pip install" not in str(error):
-        return f"; the command needs {error.name}: pip install 'fps-kernels[cli]'"
+        return f"; the command needs {error.name}: pip install 'fps-kernels-torch[cli]'"
     return ""
 
 

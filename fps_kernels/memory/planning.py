@@ -144,7 +144,7 @@ def plan(
         if method not in METHODS:
             raise ValueError(f"methods must be of {', '.join(METHODS)}, got {method!r}")
     if "LoRA" in chosen and not has_peft:
-        raise ImportError("planning LoRA needs peft: pip install 'fps-kernels[peft]'")
+        raise ImportError("planning LoRA needs peft: pip install 'fps-kernels-torch[peft]'")
     create, size, name = _model(model, input_size)
     cost = partial(_cost, create, size, dtype, k, forward)
     costs = []

@@ -40,8 +40,12 @@ def test_help_has_an_example(command):
 def test_a_missing_package_names_what_brings_it(tmp_path):
     (tmp_path / "options.yaml").write_text("json: true")
     for package, arguments, message in (
-        ("typer", ["--help"], "the command line needs typer: pip install 'fps-kernels[cli]'"),
-        ("yaml", ["doctor", "--config", tmp_path / "options.yaml"], "--config needs PyYAML: pip install 'fps-kernels[cli]'"),
+        ("typer", ["--help"], "the command line needs typer: pip install 'fps-kernels-torch[cli]'"),
+        (
+            "yaml",
+            ["doctor", "--config", tmp_path / "options.yaml"],
+            "--config needs PyYAML: pip install 'fps-kernels-torch[cli]'",
+        ),
         ("timm", ["plan", "test_vit"], "timm"),
     ):
         with mock.patch.dict(sys.modules, {package: None}):
@@ -53,7 +57,7 @@ def test_a_missing_package_names_what_brings_it(tmp_path):
         sys.modules.pop("fps_kernels.runs.choice", None)
         done = cli("select", "test_vit", "--data", tmp_path, "--output", tmp_path / "s")
     assert done.code == 2
-    assert "the command needs timm.data: pip install 'fps-kernels[cli]'" in done.message
+    assert "the command needs timm.data: pip install 'fps-kernels-torch[cli]'" in done.message
 
 
 def test_no_command_shows_the_help():
@@ -97,10 +101,21 @@ def test_doctor(monkeypatch):
     assert found["self-test"]["cpu"] == "passed"
     assert set(found["backends"]["cpu"].values()) == {fps.backend_for("score_topk", "cpu")}
     assert "self-test: cpu passed" in output("doctor")
+    assert "conflict" not in found
     monkeypatch.setattr(doctor_module.ops, "score_topk", lambda W, a, k: torch.zeros(W.shape[0], k, dtype=torch.int32))
     failed = cli("doctor")
     assert failed.code == 1
     assert "cpu FAILED" in failed.out
+
+
+def test_doctor_notices_the_other_distribution(tmp_path, monkeypatch):
+    """PyPI has an unrelated fps-kernels whose import package has the name of this one."""
+    metadata = tmp_path / "fps_kernels-0.11.6.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: fps-kernels\nVersion: 0.11.6\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert json.loads(output("doctor", "--json"))["conflict"].startswith("fps-kernels 0.11.6 is installed, another project")
+    assert "conflict: fps-kernels 0.11.6" in output("doctor")
 
 
 # ------------------------------------------------------------------------------------------------ --config

@@ -1,7 +1,12 @@
 """Importing the package is cheap and safe."""
 
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_import_touches_no_gpu_and_no_optional_dependency():
@@ -24,3 +29,15 @@ def test_every_public_name_exists_and_is_documented():
 
     for name in fps.__all__:
         assert getattr(fps, name).__doc__, name
+
+
+def test_what_messages_and_docs_say_to_install_is_this_distribution():
+    name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
+    told = {
+        match
+        for folder in ("fps_kernels", "docs", ".")
+        for path in (ROOT / folder).glob("*.md" if folder == "." else "**/*.*")
+        if path.suffix in (".py", ".md")
+        for match in re.findall(r"pip install '?([\w-]+)\[", path.read_text())
+    }
+    assert told == {name}
