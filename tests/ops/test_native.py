@@ -1,9 +1,6 @@
 """What only the native backend promises: the same bits whatever the threads and (sampled gradients apart) the instruction
-set, exact thresholds whatever the distribution, offsets beyond 2^31, bounded scratch, one OpenMP runtime."""
+set, exact thresholds whatever the distribution, offsets beyond 2^31, bounded scratch."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +10,7 @@ from torch import Tensor
 
 from fps_kernels.ops import native, reference
 from fps_kernels.ops.records import AdamWStep, Convolution
+from tests.support.processes import run_python
 
 INF = float("inf")
 
@@ -28,12 +26,6 @@ def restored_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=120, check=False
-    )
 
 
 def random_selection(rows: int, cols: int, density: float) -> tuple[Tensor, Tensor]:
@@ -362,46 +354,3 @@ def test_expanded_inputs(isa: str, strides: tuple[int, int]) -> None:
     assert torch.equal(native.score_topk(W, a, 7), reference.score_topk(W, a, 7))
     for found, wanted in zip(native.score_kth([W], [a], 99), reference.score_kth([W], [a], 99), strict=True):
         assert torch.equal(found, wanted)
-
-
-# ------------------------------------------------------------------------------------------------ the library
-
-
-@pytest.mark.parametrize("name", native.ISAS)
-def test_environment_caps_the_instruction_set(name: str) -> None:
-    code = "from fps_kernels.ops import native; print(native.isa())"
-    result = run_python(code, FPS_CPU_ISA=name)
-    best = native.supported_isas()[-1]
-    assert result.stdout.strip() == min(name, best, key=native.ISAS.index), result.stderr
-
-
-def test_environment_with_an_unknown_instruction_set_is_refused() -> None:
-    code = (
-        "import torch; from fps_kernels import ops\n"
-        "try: ops.score_topk(torch.ones(2, 3), torch.ones(3), 1)\n"
-        "except ValueError as error: print(error)"
-    )
-    result = run_python(code, FPS_CPU_ISA="sse9")
-    assert "FPS_CPU_ISA must be one of base, avx2, avx512, got 'sse9'" in result.stdout, result.stderr
-
-
-def test_use_isa_refuses_what_the_processor_lacks_and_restores() -> None:
-    before = native.isa()
-    with pytest.raises(ValueError, match="use_isa"), native.use_isa("sse9"):
-        pass
-    with native.use_isa("base"):
-        assert native.isa() == "base"
-    assert native.isa() == before
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the memory map of Linux")
-def test_torch_and_the_library_share_one_openmp() -> None:
-    code = (
-        "import torch\n"
-        "from fps_kernels import ops\n"
-        "ops.column_norm_(torch.ones(4096, 512), torch.zeros(512, dtype=torch.float64), 1.0)\n"
-        "maps = open('/proc/self/maps').read().split()\n"
-        "print(len({path for path in maps if 'libgomp' in path or 'libomp' in path or 'libiomp' in path}))"
-    )
-    result = run_python(code)
-    assert result.stdout.strip() in ("0", "1"), result.stdout + result.stderr

@@ -64,3 +64,17 @@ def test_a_room_that_no_layer_names_is_refused(copied: Path) -> None:
     found = lint(copied)
     assert found.returncode == 1, found.stdout
     assert "fps_kernels.misc" in found.stdout + found.stderr
+
+
+def test_files_are_short_and_the_root_is_empty() -> None:
+    """One idea each; at the root the public names and the version, nothing else."""
+    assert {path.name for path in (ROOT / "fps_kernels").glob("*.py")} == {"__init__.py", "_version.py"}
+    sources = [
+        path
+        for folder in ("fps_kernels", "kernel_lab", "benchmarks", "tests", "csrc")
+        for pattern in ("*.py", "*.cpp", "*.h")
+        for path in (ROOT / folder).rglob(pattern)
+    ]
+    assert len(sources) > 100
+    long = {str(path.relative_to(ROOT)): n for path in sources if (n := len(path.read_text().splitlines())) > 400}
+    assert not long
