@@ -14,6 +14,7 @@ from fps_kernels.selection import Selection
 from fps_kernels.storage.checked_file import Path_
 from fps_kernels.tuning.tuned_weight import TunedWeight
 from fps_kernels.weights.fingerprint import fingerprint
+from fps_kernels.weights.survey import Survey
 
 
 @dataclass(eq=False)
@@ -70,8 +71,9 @@ class Delta:
         """
         if self._applied is not None and self._applied[0]() is not None:
             raise ValueError("this delta is applied already: revert it first, or load it a second time")
-        parameters = self._checked(dict(model.named_parameters(remove_duplicate=False)))
-        if check_base and fingerprint(model) != self.base:
+        survey = Survey.of(model)
+        parameters = self._checked(survey.parameters)
+        if check_base and fingerprint(survey) != self.base:
             raise ValueError(
                 "the delta is of another base model, or this one was changed since (is another delta applied?): the "
                 "fingerprints differ (a float16 copy of a float32 base has another one, too); check_base=False applies it "

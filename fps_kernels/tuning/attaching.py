@@ -64,7 +64,7 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor]) -> Tun
         for name, chosen in selection.weights.items()
     }
     dense = {name: parameters[name] for name in selection.dense}
-    tuner = Tuner(model, made, dense, selection.description, fingerprint(model))
+    tuner = Tuner(model, made, dense, selection.description, fingerprint(survey))
     trained = set(tuner.dense.values())
     for p in survey.first_names:
         tuner._frozen[p] = p.requires_grad

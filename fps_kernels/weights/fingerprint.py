@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from fps_kernels.weights.matrix import is_simulated
-from fps_kernels.weights.survey import is_compact
+from fps_kernels.weights.survey import Survey, is_compact
 
 _SAMPLED = 512  # entries of each parameter that are looked at
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module | Survey) -> str:
     """What identifies a base model: names and shapes of its parameters, and a sample of their values as bfloat16.
 
     At most 512 entries of each parameter are looked at, evenly spaced. A model that differs in no more than a few entries
@@ -28,6 +28,6 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def own_parameters(model: nn.Module | Survey) -> dict[str, nn.Parameter]:
     """A model's parameters by name, without the compact values of attached weights."""
-    return {name: p for name, p in model.named_parameters() if not is_compact(p)}
+    return {name: p for p, name in Survey.of(model).first_names.items() if not is_compact(p)}

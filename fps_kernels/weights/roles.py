@@ -42,13 +42,14 @@ def matching(patterns: Iterable[str], names: Iterable[str], argument: str, among
     return [name for name in names if name in hits]
 
 
-def classifier_modules(model: nn.Module) -> list[str]:
+def classifier_modules(model: nn.Module | Survey) -> list[str]:
     """Paths of the modules that make up the classifier head.
 
     timm models say so themselves; elsewhere it is the child of the model that carries one of the customary names. Wrappers
     (``torch.compile``, DataParallel), which have one child and no parameters of their own, are looked into.
     """
-    found = _heads(model)
+    survey = Survey.of(model)
+    model, found = survey.model, _heads(survey)
     children = list(model.named_children())
     if not found and len(children) == 1 and next(model.parameters(recurse=False), None) is None:
         name, wrapped = children[0]
@@ -56,8 +57,8 @@ def classifier_modules(model: nn.Module) -> list[str]:
     return found
 
 
-def _heads(model: nn.Module) -> list[str]:
-    modules = dict(model.named_modules())
+def _heads(survey: Survey) -> list[str]:
+    model, modules = survey.model, survey.modules
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     declared = getattr(config, "get", lambda _: None)("classifier") if config is not None else None
     if declared:
@@ -65,7 +66,7 @@ def _heads(model: nn.Module) -> list[str]:
         return [name for name in names if name in modules]
     if callable(get := getattr(model, "get_classifier", None)):
         head = get()
-        return [name for name, module in modules.items() if module is head and name]
+        return [name for name, module in modules.items() if module is head and name][:1]  # its first name
     return [name for name, _ in model.named_children() if name in _HEAD_NAMES]
 
 
@@ -75,7 +76,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 def default_dense(survey: Survey) -> tuple[str, ...]:
     """What the GPS and FPS protocols train whole: the classifier head, and every bias outside norm layers."""
-    heads = tuple(f"{name}." for name in classifier_modules(survey.model))
+    heads = tuple(f"{name}." for name in classifier_modules(survey))
     dense = []
     for p, name in survey.first_names.items():
         owner, leaf = survey.owner(name)
