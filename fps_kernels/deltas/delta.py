@@ -2,15 +2,14 @@
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fps_kernels import ops
-from fps_kernels.deltas.file_format import read_file, write_file
-from fps_kernels.selection import Selection
+from fps_kernels.deltas.file_format import DeltaContent, read_file, write_file
 from fps_kernels.storage.checked_file import Path_
 from fps_kernels.tuning.tuned_weight import TunedWeight
 from fps_kernels.weights.fingerprint import fingerprint
@@ -18,7 +17,7 @@ from fps_kernels.weights.survey import Survey
 
 
 @dataclass(eq=False)
-class Delta:
+class Delta(DeltaContent):
     """The tuned entries of a model, apart from the model.
 
     Attributes:
@@ -28,12 +27,6 @@ class Delta:
         base: :func:`fingerprint` of the model that they belong to.
         versions: of the packages that wrote it.
     """
-
-    selection: Selection
-    values: dict[str, Tensor]
-    dense: dict[str, Tensor]
-    base: str
-    versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._applied: tuple[weakref.ref[nn.Module], dict[str, Tensor]] | None = None
@@ -185,4 +178,4 @@ class Delta:
             ValueError: the file is no delta, is cut off or changed, or what it says does not fit together.
             OSError: it cannot be read.
         """
-        return cls(**read_file(path))
+        return cls(**vars(read_file(path)))

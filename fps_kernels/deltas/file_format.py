@@ -1,7 +1,8 @@
 """How a delta lies in a file: columns in as few bits as they need, values one after the other; see ``docs/format.md``."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol, TypedDict
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,25 +17,18 @@ FORMAT = "fps_kernels.delta.1"
 _STORED = {torch.float32: "values_float32", torch.bfloat16: "values_bfloat16"}
 
 
-class DeltaParts(TypedDict):
-    """What a file holds, by the names of :class:`~fps_kernels.Delta`."""
+@dataclass(eq=False)
+class DeltaContent:
+    """What a delta file holds; see :class:`fps_kernels.Delta`."""
 
     selection: Selection
     values: dict[str, Tensor]
     dense: dict[str, Tensor]
     base: str
-    versions: dict[str, str]
+    versions: dict[str, str] = field(default_factory=dict)
 
 
-class _Delta(Protocol):
-    selection: Selection
-    values: dict[str, Tensor]
-    dense: dict[str, Tensor]
-    base: str
-    versions: dict[str, str]
-
-
-def write_file(path: Path_, delta: _Delta, dtype: torch.dtype | None) -> None:
+def write_file(path: Path_, delta: DeltaContent, dtype: torch.dtype | None) -> None:
     """Write a delta with its values in ``dtype``, or as they are."""
     weights: dict[str, Any] = {}
     packed: list[Tensor] = []
@@ -69,7 +63,7 @@ def write_file(path: Path_, delta: _Delta, dtype: torch.dtype | None) -> None:
     write(path, FORMAT, content, tensors)
 
 
-def read_file(path: Path_) -> DeltaParts:
+def read_file(path: Path_) -> DeltaContent:
     """Read what :func:`write_file` wrote; everything is checked.
 
     Raises:
@@ -109,7 +103,7 @@ class _Stream:
             raise ValueError(f"{self.name} has {self.rest.numel()} items too many")
 
 
-def _read(content: dict[str, Any], tensors: dict[str, Tensor]) -> DeltaParts:
+def _read(content: dict[str, Any], tensors: dict[str, Tensor]) -> DeltaContent:
     indices = _Stream("indices", tensors.get("indices", torch.empty(0, dtype=torch.uint8)), torch.uint8)
     streams = {d: _Stream(n, tensors.get(n, torch.empty(0, dtype=d)), d) for d, n in _STORED.items()}
     if extra := sorted(tensors.keys() - {"indices", *_STORED.values()}):
@@ -152,8 +146,7 @@ def _read(content: dict[str, Any], tensors: dict[str, Tensor]) -> DeltaParts:
     if not isinstance(content["base"], str):
         raise ValueError(f"its base is {content['base']!r}")
     selection = Selection(weights, tuple(dense), description=texts_by_name(content["description"]))
-    versions = texts_by_name(content["versions"])
-    return {"selection": selection, "values": values, "dense": dense, "base": content["base"], "versions": versions}
+    return DeltaContent(selection, values, dense, content["base"], texts_by_name(content["versions"]))
 
 
 def _stored(said: Mapping[str, Any]) -> torch.dtype:
