@@ -135,10 +135,10 @@ def _projection(input: Tensor, weight: Any, bias: Any = None) -> Any:
     return F.linear(input, weight, bias)
 
 
-def _packed_projections(torchs_own: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, w: Any, b: Any) -> Any:
+def _packed_projections(q: Tensor, k: Tensor, v: Tensor, w: Any, b: Any = None) -> Any:
     """The three projections of attention by one weight."""
     if not torch.compiler.is_compiling() or not isinstance(w, TunedWeight) or (q is k and k is v):
-        return torchs_own(q, k, v, w, b)
+        return _TORCHS_PACKED_PROJECTIONS(q, k, v, w, b)
     # Parts of a weight are plain tensors to a compiler: it is told here which rows they are.
     width, projected = q.shape[-1], []
     with torch._C.DisableTorchFunctionSubclass():
@@ -150,7 +150,8 @@ def _packed_projections(torchs_own: Callable[..., Any], q: Tensor, k: Tensor, v:
     return projected
 
 
-_OPEN_ATTENTION = opened_attention(_projection, _packed_projections)
+_TORCHS_PACKED_PROJECTIONS = opened_attention(_projection).packed_projections
+_OPEN_ATTENTION = opened_attention(_projection, _packed_projections).forward
 
 
 # ------------------------------------------------------------------------------------------------ parts of a weight

@@ -2,21 +2,33 @@
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
+class OpenedAttention(NamedTuple):
+    """torch's own functions, without their checks for overrides.
+
+    Attributes:
+        forward: ``F.multi_head_attention_forward``.
+        packed_projections: makes the three projections of one weight: ``(q, k, v, w, b)``.
+    """
+
+    forward: Callable[..., Any]
+    packed_projections: Callable[..., Any]
+
+
 def opened_attention(
-    linear: Callable[..., Tensor] = F.linear, packed: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
-    """``F.multi_head_attention_forward`` without its own check for overrides, so that its projections arrive where any
-    other linear map does.
+    linear: Callable[..., Tensor] = F.linear, packed_projections: Callable[..., Any] | None = None
+) -> OpenedAttention:
+    """``F.multi_head_attention_forward`` whose projections arrive where any other linear map does.
 
     Args:
         linear: what its projections call.
-        packed: ``packed(torchs_own, q, k, v, w, b)`` makes the three projections of one weight, instead of torch's function.
+        packed_projections: makes the three projections of one weight, instead of torch's function. It must be a function
+            of a module: a compiler looks up by name what it saw called, and finds no closure there.
     """
     scope = dict(F.multi_head_attention_forward.__globals__)
     scope |= {"has_torch_function": lambda _: False, "linear": linear}
@@ -28,12 +40,5 @@ def opened_attention(
 
     torchs_own = opened(scope["_in_projection_packed"])
     scope["_in_projection"] = opened(scope["_in_projection"])
-    if packed is None:
-        scope["_in_projection_packed"] = torchs_own
-    else:
-        # A function of plain arguments: a compiler follows it, where it would not follow a partial one.
-        def projections(q: Tensor, k: Tensor, v: Tensor, w: Tensor, b: Tensor | None = None) -> Any:
-            return packed(torchs_own, q, k, v, w, b)
-
-        scope["_in_projection_packed"] = projections
-    return opened(F.multi_head_attention_forward)
+    scope["_in_projection_packed"] = packed_projections or torchs_own
+    return OpenedAttention(opened(F.multi_head_attention_forward), torchs_own)

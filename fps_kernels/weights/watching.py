@@ -19,7 +19,7 @@ from fps_kernels.weights.kinds import SCORING_READERS, Call, WeightKind
 from fps_kernels.weights.matrix import MatrixLayout
 
 _LOOKING = ("__set__()", "size()", "dim()", "stride()", "numel()", "is_contiguous()", "type()")  # not a use
-_OPEN_ATTENTION = opened_attention()
+_OPEN_ATTENTION = opened_attention().forward
 
 
 @dataclass(frozen=True)

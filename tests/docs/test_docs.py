@@ -57,3 +57,13 @@ def test_the_site_builds(tmp_path):
     page = (tmp_path / "site" / "api" / "index.html").read_text()
     for public in (name for name in fps.__all__ if name not in ("gps", "memory")):
         assert f"fps_kernels.{public}" in page, public
+
+
+def test_paths_that_are_named_exist():
+    """In guides, workflows and settings: files move, and what names them is forgotten."""
+    named = re.compile(r"(?<![\w/.-])(?:fps_kernels|benchmarks|kernel_lab|tests|csrc|docs)/[\w./-]*\w")
+    made = ("benchmarks/results/", "docs/plots/", "fps_kernels/libfps_kernels.so")  # by commands, or by the build
+    guides = [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("*.yaml"), ROOT / "Makefile", *DOCS.rglob("*.md")]
+    for page in [*guides, *(ROOT / ".github").rglob("*.*")]:
+        for path in set(named.findall(page.read_text())):
+            assert path.startswith(made) or (ROOT / path).exists(), f"{page.relative_to(ROOT)} names {path}"
