@@ -52,12 +52,14 @@ fuzz: $(SETUP)
 # The suite on the oldest torch that pyproject.toml allows. It is read from there, so that what is promised is what is tried;
 # torchvision follows, since every version of it belongs to one of torch.
 OLDEST := build/oldest
+# The interpreter of the Triton that comes with it takes arrays of one number for numbers, which NumPy 2.4 does not.
+OLDEST_NUMPY := 'numpy<2.4'
 OLDEST_TORCH := torch==$(shell sed -n 's/^ *"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml).*
 
 $(OLDEST)/.installed: pyproject.toml $(shell find csrc -type f)
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet '$(OLDEST_TORCH)' torchvision
-	$(OLDEST)/bin/python -m pip install --quiet --editable '.[dev]' '$(OLDEST_TORCH)'
+	$(OLDEST)/bin/python -m pip install --quiet --editable '.[dev]' '$(OLDEST_TORCH)' $(OLDEST_NUMPY)
 	touch $@
 
 # How well kernels compile is a matter of Triton, which comes with torch: torch 2.10's spills 8 bytes of one of them on sm_80.
