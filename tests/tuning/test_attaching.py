@@ -87,6 +87,34 @@ class Unusual(nn.Module):
         return torch.cat([y, z, F.embedding(tokens, self.b, padding_idx=2)], dim=1).square()
 
 
+def test_some_rows_of_a_convolution_and_of_an_embedding():
+    """Each use gives gradients to the entries of its rows; a grouped convolution's rows see other channels: an error."""
+
+    class Rows(nn.Module):
+        def __init__(self, groups: int) -> None:
+            super().__init__()
+            self.groups = groups
+            self.kernel = nn.Parameter(torch.randn(6, 4 // groups, 3, 3))
+            self.table = nn.Parameter(torch.randn(9, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, rest = self.kernel[:4], self.kernel[4:]
+            y = F.conv2d(x, first, groups=self.groups).sum() + F.conv2d(x, rest, groups=self.groups).square().sum()
+            return y + F.embedding(torch.tensor([0, 3, 3]), self.table[2:7], padding_idx=0).square().sum()
+
+    x = torch.randn(2, 4, 6, 5)
+    model = Rows(groups=1)
+    dense = dense_gradients(model, lambda m: m(x))
+    tuner = fps.attach(model, random_selection(model, ["kernel", "table"]))
+    model(x).backward()
+    assert_gradients_match(tuner, dense)
+
+    grouped = Rows(groups=2)
+    fps.attach(grouped, random_selection(grouped, ["kernel"]))
+    with pytest.raises(RuntimeError, match="a gradient reached kernel through"):
+        grouped(x).backward()
+
+
 def test_weights_on_unusual_ways():
     model = Unusual()
     x, tokens = torch.randn(5, 4), torch.tensor([0, 2, 5, 0, 1])
