@@ -14,11 +14,11 @@ namespace {
 
 using namespace fps;
 
-constexpr int ABI = 3; // native.py refuses a library left over from another version
+constexpr int ABI = 4; // native.py refuses a library left over from another version
 
 #define FPS_TABLE(isa)                                                                                                      \
-    {isa::column_norm,  isa::column_norm_conv2d, isa::score_topk,     isa::score_kth,                                       \
-     isa::score_select, isa::sampled_grad,       isa::scatter_values, isa::masked_adamw}
+    {isa::column_norm,  isa::column_norm_conv2d, isa::score_topk,   isa::score_kth,   isa::score_select,                    \
+     isa::sampled_grad, isa::scatter_values,     isa::masked_adamw, isa::agree_values}
 
 #ifdef FPS_X86
 const Kernels TABLES[] = {FPS_TABLE(base), FPS_TABLE(avx2), FPS_TABLE(avx512)};
@@ -92,10 +92,14 @@ FPS_API int fps_sampled_grad(const Images* gy, const Images* x, const Convolutio
     return kernels().sampled_grad(*gy, *x, *conv, row_offsets, columns, grad, threads);
 }
 
-FPS_API int fps_scatter_values(const Update* w, const void* values, int64_t values_dtype, int threads) {
-    return kernels().scatter_values(*w, values, values_dtype, threads);
+FPS_API int fps_scatter_values(const Entries* entries, const void* values, int64_t values_dtype, int threads) {
+    return kernels().scatter_values(*entries, values, values_dtype, threads);
 }
 
 FPS_API int fps_masked_adamw(const Update* updates, int64_t n, const AdamW* how, int threads) {
     return kernels().masked_adamw(updates, n, *how, threads);
+}
+
+FPS_API int fps_agree_values(const Agreement* agreements, int64_t n, int threads) {
+    return kernels().agree_values(agreements, n, threads);
 }

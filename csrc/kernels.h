@@ -37,18 +37,28 @@ struct Convolution { // index 0 is vertical, 1 horizontal
     int64_t groups;
 };
 
-struct Update { // one tensor of masked_adamw
+struct Entries { // the selected ones of a weight [rows, cols]
     void* weight;
-    int64_t weight_row_stride, weight_col_stride, weight_dtype;
-    void* grad; // [rows, cols] with these strides, or [nnz] contiguous where `grad_compact` is set
-    int64_t grad_row_stride, grad_col_stride, grad_dtype, grad_compact;
+    int64_t row_stride, col_stride, dtype;
     const int32_t* row_offsets; // [rows + 1]
     const int32_t* columns;     // [nnz]
     int64_t rows, nnz;
+};
+
+struct Update { // one tensor of masked_adamw
+    Entries entries;
+    void* grad; // [rows, cols] with these strides, or [nnz] contiguous where `grad_compact` is set
+    int64_t grad_row_stride, grad_col_stride, grad_dtype, grad_compact;
     float* master; // [nnz], or null where the weight itself holds the value
     float* exp_avg;
     float* exp_avg_sq;
     float* step;
+};
+
+struct Agreement { // one tensor of agree_values
+    Entries entries;
+    float* values; // [nnz]
+    float* agreed; // [nnz]
 };
 
 struct AdamW { // of all tensors of masked_adamw
@@ -70,8 +80,9 @@ typedef int ScoreSelect(const Matrix& w, float threshold, int64_t ties, int64_t 
                         int threads);
 typedef int SampledGrad(const Images& gy, const Images& x, const Convolution& conv, const int32_t* row_offsets,
                         const int32_t* columns, float* grad, int threads);
-typedef int ScatterValues(const Update& w, const void* values, int64_t values_dtype, int threads);
+typedef int ScatterValues(const Entries& entries, const void* values, int64_t values_dtype, int threads);
 typedef int MaskedAdamW(const Update* updates, int64_t n, const AdamW& how, int threads);
+typedef int AgreeValues(const Agreement* agreements, int64_t n, int threads);
 
 struct Kernels {
     ColumnNorm* column_norm;
@@ -82,6 +93,7 @@ struct Kernels {
     SampledGrad* sampled_grad;
     ScatterValues* scatter_values;
     MaskedAdamW* masked_adamw;
+    AgreeValues* agree_values;
 };
 
 #define FPS_DECLARE_KERNELS(isa)                                                                                            \
@@ -94,6 +106,7 @@ struct Kernels {
     SampledGrad sampled_grad;                                                                                               \
     ScatterValues scatter_values;                                                                                           \
     MaskedAdamW masked_adamw;                                                                                               \
+    AgreeValues agree_values;                                                                                               \
     }
 
 FPS_DECLARE_KERNELS(base)

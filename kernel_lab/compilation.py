@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fps_kernels.ops.triton import (
+    agreement,
     column_norm,
     column_norm_conv2d,
     gradients,
@@ -31,7 +32,7 @@ from fps_kernels.ops.triton import (
 )
 from fps_kernels.ops.triton.target import assume
 
-FAMILIES = (column_norm, column_norm_conv2d, topk, threshold, gradients, gradients_conv2d, updates)
+FAMILIES = (column_norm, column_norm_conv2d, topk, threshold, gradients, gradients_conv2d, updates, agreement)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

@@ -1,18 +1,14 @@
 // masked_adamw_ and scatter_values_ (fps_kernels/ops/reference.py): one call for all tensors.
 //
-// The entries of all tensors are cut into chunks of equal size, so that a large tensor does not keep one thread busy while
-// the others wait. What costs is not the arithmetic but the cache misses: one line of the gradient and one of the weight
-// per entry. Hence a chunk is worked off in blocks, and the lines of the next block are prefetched while this block is
-// computed. Bytes that must move per entry: two lines read, one written back, and 28 of compact state.
-#include "parts/rows.h"
+// What costs is not the arithmetic but the cache misses: one line of the gradient and one of the weight per entry. Bytes
+// that must move per entry: two lines read, one written back, and 28 of compact state.
+#include "parts/entries.h"
 
 namespace {
 
 using fps::AdamW;
+using fps::Entries;
 using fps::Update;
-
-constexpr int64_t CHUNK = 4096; // entries of one work item
-constexpr int64_t BLOCK = 256;  // entries whose lines are in flight together
 
 // What the formula needs of one tensor, rounded to float32 as torch does with Python's numbers.
 struct Scalars {
@@ -45,44 +41,19 @@ struct Places {
     int64_t weight[BLOCK], grad[BLOCK];
 };
 
-// Goes through CSR entries in order and knows the row it is in.
-struct Walk {
-    const Update* u;
-    int64_t entry, row;
-
-    Walk(const Update& update, int64_t first) : u(&update), entry(first) {
-        int64_t lo = 0, hi = update.rows; // the last row that begins at or before `first`
-        while (hi - lo > 1) {
-            const int64_t middle = lo + (hi - lo) / 2;
-            if (update.row_offsets[middle] <= first)
-                lo = middle;
-            else
-                hi = middle;
+// Notes where the next n entries lie and asks for their cache lines.
+template <class TW, class TG> void look_ahead(Walk* walk, const Update& u, int64_t n, Places* places) {
+    const TW* weight = (const TW*)u.entries.weight;
+    const TG* grad = (const TG*)u.grad;
+    walk->next(n, [&](int64_t i, int64_t row, int64_t col) {
+        places->weight[i] = row * u.entries.row_stride + col * u.entries.col_stride;
+        ask_for<WRITE>(weight + places->weight[i]);
+        if (!u.grad_compact) {
+            places->grad[i] = row * u.grad_row_stride + col * u.grad_col_stride;
+            ask_for<READ>(grad + places->grad[i]);
         }
-        row = lo;
-    }
-
-    // Notes where the next n entries lie and asks for their cache lines, in the second-level cache: it can wait for twice as
-    // many lines from memory as the first, which halves the time of a step.
-    template <class TW, class TG> void look_ahead(int64_t n, Places* places) {
-        const TW* weight = (const TW*)u->weight;
-        const TG* grad = (const TG*)u->grad;
-        for (int64_t i = 0; i < n;) {
-            while (entry >= u->row_offsets[row + 1]) ++row; // also steps over empty rows
-            const int64_t stop = least(n, i + u->row_offsets[row + 1] - entry);
-            const int64_t weight_row = row * u->weight_row_stride, grad_row = row * u->grad_row_stride;
-            for (; i < stop; ++i, ++entry) {
-                const int64_t col = u->columns[entry];
-                places->weight[i] = weight_row + col * u->weight_col_stride;
-                __builtin_prefetch(weight + places->weight[i], 1, 2);
-                if (!u->grad_compact) {
-                    places->grad[i] = grad_row + col * u->grad_col_stride;
-                    __builtin_prefetch(grad + places->grad[i], 0, 2);
-                }
-            }
-        }
-    }
-};
+    });
+}
 
 // The update of n entries, in the order of operations of torch.optim.AdamW for a single tensor. The scalars come by value:
 // a reference to floats could alias what is stored here, and the loop would not be vectorised.
@@ -111,24 +82,24 @@ template <class TG> void zero_grads(bool compact, TG* grad, const Places& places
 // What is left to do in a step that is skipped.
 template <class TG> void zero_chunk(const Update& u, int64_t begin, int64_t end) {
     Places places;
-    Walk walk(u, begin);
+    Walk walk(u.entries, begin);
     for (int64_t at = begin; at < end; at += BLOCK) {
         const int64_t n = least(BLOCK, end - at);
-        if (!u.grad_compact) walk.look_ahead<TG, TG>(n, &places);
+        if (!u.grad_compact) look_ahead<TG, TG>(&walk, u, n, &places);
         zero_grads(u.grad_compact, (TG*)u.grad, places, at, n);
     }
 }
 
 template <class TW, class TG> void update_chunk(const Update& u, const Scalars& s, int64_t begin, int64_t end) {
-    TW* weight = (TW*)u.weight;
+    TW* weight = (TW*)u.entries.weight;
     TG* from = (TG*)u.grad;
     Places places[2];
     float grad[BLOCK], local[BLOCK];
-    Walk walk(u, begin);
-    walk.look_ahead<TW, TG>(least(BLOCK, end - begin), &places[0]);
+    Walk walk(u.entries, begin);
+    look_ahead<TW, TG>(&walk, u, least(BLOCK, end - begin), &places[0]);
     for (int64_t at = begin, turn = 0; at < end; at += BLOCK, turn ^= 1) {
         const int64_t n = least(BLOCK, end - at);
-        if (at + BLOCK < end) walk.look_ahead<TW, TG>(least(BLOCK, end - at - BLOCK), &places[turn ^ 1]);
+        if (at + BLOCK < end) look_ahead<TW, TG>(&walk, u, least(BLOCK, end - at - BLOCK), &places[turn ^ 1]);
         const Places& here = places[turn];
         if (u.grad_compact)
             for (int64_t i = 0; i < n; ++i) grad[i] = to_float(from[at + i]);
@@ -150,32 +121,28 @@ template <class TW, class TG> void update_chunk(const Update& u, const Scalars& 
     }
 }
 
-template <class TW, class TV> void scatter_chunk(const Update& u, const TV* values, int64_t begin, int64_t end) {
-    TW* weight = (TW*)u.weight;
-    Places places[2];
-    Walk walk(u, begin);
-    walk.look_ahead<TW, float>(least(BLOCK, end - begin), &places[0]);
+template <class TW, class TV> void scatter_chunk(const Entries& entries, const TV* values, int64_t begin, int64_t end) {
+    TW* weight = (TW*)entries.weight;
+    int64_t places[2][BLOCK];
+    Walk walk(entries, begin);
+    walk.look_ahead<WRITE, TW>(least(BLOCK, end - begin), places[0]);
     for (int64_t at = begin, turn = 0; at < end; at += BLOCK, turn ^= 1) {
-        if (at + BLOCK < end) walk.look_ahead<TW, float>(least(BLOCK, end - at - BLOCK), &places[turn ^ 1]);
+        if (at + BLOCK < end) walk.look_ahead<WRITE, TW>(least(BLOCK, end - at - BLOCK), places[turn ^ 1]);
         const int64_t n = least(BLOCK, end - at);
-        for (int64_t i = 0; i < n; ++i) round_to(to_float(values[at + i]), weight + places[turn].weight[i]);
+        for (int64_t i = 0; i < n; ++i) round_to(to_float(values[at + i]), weight + places[turn][i]);
     }
 }
 
-struct Chunk {
-    int64_t tensor, begin;
-};
-
 } // namespace
 
-int fps::FPS_ISA::scatter_values(const Update& u, const void* values, int64_t values_dtype, int threads) {
-    const int64_t chunks = ceil_div(u.nnz, CHUNK);
-    return with_dtype(u.weight_dtype, [&](auto weight) {
+int fps::FPS_ISA::scatter_values(const Entries& entries, const void* values, int64_t values_dtype, int threads) {
+    const int64_t chunks = ceil_div(entries.nnz, CHUNK);
+    return with_dtype(entries.dtype, [&](auto weight) {
         return with_dtype(values_dtype, [&](auto value) {
             typedef decltype(value) TV;
 #pragma omp parallel for schedule(dynamic) if (threads > 1 && chunks > 2)
             for (int64_t c = 0; c < chunks; ++c)
-                scatter_chunk<decltype(weight)>(u, (const TV*)values, c * CHUNK, least((c + 1) * CHUNK, u.nnz));
+                scatter_chunk<decltype(weight)>(entries, (const TV*)values, c * CHUNK, least((c + 1) * CHUNK, entries.nnz));
             return (int)OK;
         });
     });
@@ -184,28 +151,24 @@ int fps::FPS_ISA::scatter_values(const Update& u, const void* values, int64_t va
 int fps::FPS_ISA::masked_adamw(const Update* updates, int64_t n, const AdamW& how, int threads) {
     const bool skipped = how.found_inf && *how.found_inf != 0;
     if (skipped && !how.zero_grads) return OK;
-    int64_t n_chunks = 0;
-    for (int64_t t = 0; t < n; ++t) n_chunks += ceil_div(updates[t].nnz, CHUNK);
     Scratch<Scalars> scalars(n);
-    Scratch<Chunk> chunks(n_chunks);
+    const Chunks chunks(updates, n);
     if (!scalars || !chunks) return OUT_OF_MEMORY;
-    Chunk* to = chunks.data;
     for (int64_t t = 0; t < n; ++t) {
         if (!skipped) *updates[t].step += 1;
         scalars.data[t] = scalars_of(how, t, *updates[t].step);
-        for (int64_t begin = 0; begin < updates[t].nnz; begin += CHUNK) *to++ = {t, begin};
     }
-#pragma omp parallel for schedule(dynamic) if (threads > 1 && n_chunks > 2)
-    for (int64_t c = 0; c < n_chunks; ++c) {
-        const Update& u = updates[chunks.data[c].tensor];
-        const Scalars& s = scalars.data[chunks.data[c].tensor];
-        const int64_t begin = chunks.data[c].begin, end = least(begin + CHUNK, u.nnz);
-        with_dtype(u.weight_dtype, [&](auto weight) {
+#pragma omp parallel for schedule(dynamic) if (threads > 1 && chunks.count > 2)
+    for (int64_t c = 0; c < chunks.count; ++c) {
+        const Chunk chunk = chunks[c];
+        const Update& u = updates[chunk.tensor];
+        const Scalars& s = scalars.data[chunk.tensor];
+        with_dtype(u.entries.dtype, [&](auto weight) {
             return with_dtype(u.grad_dtype, [&](auto grad) {
                 if (skipped)
-                    zero_chunk<decltype(grad)>(u, begin, end);
+                    zero_chunk<decltype(grad)>(u, chunk.begin, chunk.end);
                 else
-                    update_chunk<decltype(weight), decltype(grad)>(u, s, begin, end);
+                    update_chunk<decltype(weight), decltype(grad)>(u, s, chunk.begin, chunk.end);
                 return (int)OK;
             });
         });

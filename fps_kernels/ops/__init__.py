@@ -11,9 +11,10 @@ from fps_kernels.ops._checks import FLOAT_DTYPES, MAX_NNZ, ORDS
 from fps_kernels.ops._dispatch import BackendUnavailableError, backend_for, interpreted, use_backend
 from fps_kernels.ops.gradients import sampled_grad, sampled_grad_conv2d
 from fps_kernels.ops.norms import column_norm_, column_norm_conv2d_
-from fps_kernels.ops.records import Convolution
+from fps_kernels.ops.prepared import prepared_adamw, prepared_agreement
+from fps_kernels.ops.records import Convolution, PreparedAdamW, PreparedAgreement
 from fps_kernels.ops.scores import score_kth, score_select, score_topk
-from fps_kernels.ops.updates import masked_adamw_, scatter_values_
+from fps_kernels.ops.updates import agree_values_, masked_adamw_, scatter_values_
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -21,11 +22,16 @@ __all__ = [
     "ORDS",
     "BackendUnavailableError",
     "Convolution",
+    "PreparedAdamW",
+    "PreparedAgreement",
+    "agree_values_",
     "backend_for",
     "column_norm_",
     "column_norm_conv2d_",
     "interpreted",
     "masked_adamw_",
+    "prepared_adamw",
+    "prepared_agreement",
     "sampled_grad",
     "sampled_grad_conv2d",
     "scatter_values_",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fps_kernels.ops.records import Convolution
+from fps_kernels.ops.records import AdamWTensors, Agreement, Convolution
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ORDS = (1.0, 2.0, float("inf"))
@@ -127,3 +127,53 @@ def checked_convolution(
     if min(convolution.output_size(x)) < 1:
         raise ValueError(f"kernel_size {list(kernel_size)} does not fit into the padded x of shape {list(x.shape)}")
     return convolution
+
+
+def check_lengths(weights: Sequence[Tensor], **lists: Sequence[object]) -> None:
+    for name, value in lists.items():
+        if len(value) != len(weights):
+            raise ValueError(f"{name} must have one item per weight, got {len(value)} for {len(weights)} weights")
+
+
+def check_state(name: str, state: Tensor, device: torch.device) -> None:
+    """Of the entries of one weight, in CSR order and full precision."""
+    check_dtype(name, state, torch.float32)
+    check_device(name, state, device)
+    if not state.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+
+
+def check_adamw_tensors(tensors: AdamWTensors, zero_grads: bool) -> None:
+    """Of ``masked_adamw_``, whose lists have equal lengths."""
+    device = tensors.weights[0].device
+    for i, (W, grad, row_offsets, columns, master, exp_avg, exp_avg_sq, step) in enumerate(zip(*tensors, strict=True)):
+        check_device(f"weights[{i}]", W, device)
+        check_selection(W, row_offsets, columns, f"[{i}]")
+        nnz = columns.numel()
+        check_float(f"grads[{i}]", grad)
+        check_device(f"grads[{i}]", grad, device)
+        check_shape(f"grads[{i}]", grad, (nnz,) if grad.dim() == 1 else tuple(W.shape))
+        if zero_grads and grad.dim() == 1 and not grad.is_contiguous():
+            raise ValueError(f"grads[{i}] must be contiguous to be set to zero")
+        if zero_grads and any(n > 1 and s == 0 for n, s in zip(grad.shape, grad.stride(), strict=True)):
+            raise ValueError(f"grads[{i}] is expanded, its entries share memory: it cannot be set to zero")
+        if master.numel() or W.dtype != torch.float32:
+            check_shape(f"masters[{i}]", master, (nnz,))
+        for name, state in (("masters", master), ("exp_avgs", exp_avg), ("exp_avg_sqs", exp_avg_sq)):
+            check_state(f"{name}[{i}]", state, device)
+        check_shape(f"exp_avgs[{i}]", exp_avg, (nnz,))
+        check_shape(f"exp_avg_sqs[{i}]", exp_avg_sq, (nnz,))
+        check_dtype(f"steps[{i}]", step, torch.float32)
+        check_device(f"steps[{i}]", step, device)
+        check_shape(f"steps[{i}]", step, ())
+
+
+def check_agreement(agreement: Agreement) -> None:
+    """Of ``agree_values_``, whose lists have equal lengths."""
+    device = agreement.weights[0].device
+    for i, (W, row_offsets, columns, values, agreed) in enumerate(zip(*agreement, strict=True)):
+        check_device(f"weights[{i}]", W, device)
+        check_selection(W, row_offsets, columns, f"[{i}]")
+        for name, state in (("values", values), ("agreed", agreed)):
+            check_state(f"{name}[{i}]", state, device)
+            check_shape(f"{name}[{i}]", state, (columns.numel(),))

@@ -30,6 +30,7 @@ OPS = (
     "sampled_grad_conv2d",
     "scatter_values_",
     "masked_adamw_",
+    "agree_values_",
 )
 
 _override: str | None = None

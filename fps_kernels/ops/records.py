@@ -1,8 +1,12 @@
 """Arguments that belong together, as one record for every backend. ``torch.library`` takes them one by one."""
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
+
+Gradients: TypeAlias = Sequence[Tensor] | Sequence[int]  # tensors, or their addresses
 
 
 class Convolution(NamedTuple):
@@ -54,3 +58,103 @@ class AdamWStep(NamedTuple):
     grad_scale: Tensor | None
     found_inf: Tensor | None
     zero_grads: bool
+
+    @property
+    def tensors(self) -> "AdamWTensors":
+        return AdamWTensors(*self[:8])
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """What :meth:`PreparedAdamW.run` takes beside the gradients."""
+        return self[8:]
+
+
+class AdamWTensors(NamedTuple):
+    """The tensors of :func:`fps_kernels.ops.masked_adamw_`, which says what they are."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    row_offsets: list[Tensor]
+    columns: list[Tensor]
+    masters: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+
+
+class Agreement(NamedTuple):
+    """The arguments of :func:`fps_kernels.ops.agree_values_`, which says what they are."""
+
+    weights: list[Tensor]
+    row_offsets: list[Tensor]
+    columns: list[Tensor]
+    values: list[Tensor]
+    agreed: list[Tensor]
+
+
+class PreparedAgreement(ABC):
+    """:func:`fps_kernels.ops.agree_values_` with arguments that stay: see :func:`fps_kernels.ops.prepared_agreement`."""
+
+    @abstractmethod
+    def run(self) -> None:
+        """The op on all tensors."""
+
+    @abstractmethod
+    def run_one(self, index: int) -> None:
+        """The op on the tensors at one place of the lists."""
+
+
+class PreparedAdamW(ABC):
+    """:func:`fps_kernels.ops.masked_adamw_` with tensors that stay: see :func:`fps_kernels.ops.prepared_adamw`."""
+
+    def __init__(self, tensors: AdamWTensors) -> None:
+        self._held = tensors._replace(grads=[])  # gradients come and go, and may be large
+        self._layouts = [(g.dtype, g.shape, g.stride()) for g in tensors.grads]
+        self._addresses = [g.data_ptr() for g in tensors.grads]
+
+    @abstractmethod
+    def run(
+        self,
+        grads: Gradients,
+        lrs: Tensor | Sequence[float],
+        weight_decays: Sequence[float],
+        beta1: float,
+        beta2: float,
+        eps: float,
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        zero_grads: bool,
+    ) -> None:
+        """One step, with the arguments of the op, which are trusted.
+
+        Args:
+            grads: tensors like those this was prepared with, or their addresses (not on the reference backend).
+            lrs: ``n`` numbers, or the op's float64 ``[n]`` tensor: on a GPU numbers are copied there where they changed.
+            weight_decays: ``n`` decoupled decay coefficients.
+            beta1: decay of the first moment.
+            beta2: decay of the second moment.
+            eps: added to the root of the second moment.
+            maximize: ascend instead of descend.
+            grad_scale: float32 scalar tensor that gradients are divided by, or ``None``.
+            found_inf: float32 scalar tensor; where it is not zero no value, state or step changes. Or ``None``.
+            zero_grads: set the gradients of the selected entries to zero once they are read.
+
+        Raises:
+            ValueError: a gradient at a new address has another dtype, shape or strides than the one in its place before.
+        """
+
+    def _moved(self, grads: Gradients) -> list[int] | None:
+        """The addresses of the gradients, where they are not those of the last run."""
+        addresses = [g if isinstance(g, int) else g.data_ptr() for g in grads]
+        if addresses == self._addresses:
+            return None
+        for i, layout in enumerate(self._layouts):
+            grad = grads[i]
+            if not isinstance(grad, int) and (grad.dtype, grad.shape, grad.stride()) != layout:
+                dtype, shape, strides = layout
+                raise ValueError(
+                    f"grads[{i}] must be {dtype} of shape {list(shape)} with strides {list(strides)}, as when the step was "
+                    f"prepared, got {grad.dtype}, {list(grad.shape)}, {list(grad.stride())}"
+                )
+        return addresses

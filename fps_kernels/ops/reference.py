@@ -5,10 +5,13 @@ Notation: ``W`` ``[O, C]`` is a weight matrix, ``a`` ``[G, C]`` holds one non-ne
 of an entry is ``s_ij = |fl32(w_ij * a_gj)|``, one rounded float32 product. Arguments arrive validated.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fps_kernels.ops.records import AdamWStep, Convolution
+from fps_kernels.ops import records
+from fps_kernels.ops.records import AdamWStep, Agreement, Convolution, Gradients
 
 ROWS_PER_CHUNK = 1024  # bounds the scratch of the ops that go through rows in chunks
 ENTRIES_PER_CHUNK = 1024
@@ -165,3 +168,64 @@ def masked_adamw_(step: AdamWStep) -> None:
 def _zero(grads: list[Tensor], row_offsets: list[Tensor], columns: list[Tensor]) -> None:
     for grad, offsets, cols in zip(grads, row_offsets, columns, strict=True):
         grad[... if grad.dim() == 1 else (entry_rows(offsets), cols.long())] = 0
+
+
+def agree_values_(agreement: Agreement) -> None:
+    """A value that is not what was agreed on goes into its weight; otherwise a weight that is not comes back from there."""
+    for tensors in zip(*agreement, strict=True):
+        _agree(*tensors)
+
+
+def _agree(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor, agreed: Tensor) -> None:
+    rows, cols = entry_rows(row_offsets), columns.long()
+    held = W[rows, cols]
+    changed = _bits(values) != _bits(agreed)
+    taken = (_bits(held) != _bits(agreed.to(W.dtype))) & ~changed
+    W.index_put_((rows[changed], cols[changed]), values[changed].to(W.dtype))
+    agreed[changed] = values[changed]
+    values[taken] = held[taken].float()
+    agreed[taken] = values[taken]
+
+
+def _bits(x: Tensor) -> Tensor:
+    """As integers, among which NaN is equal to itself and -0.0 is not 0.0."""
+    return x.view(torch.int32 if x.element_size() == 4 else torch.int16)
+
+
+class PreparedAgreement(records.PreparedAgreement):
+    """The op, again and again."""
+
+    def __init__(self, agreement: Agreement) -> None:
+        self._agreement = agreement
+
+    def run(self) -> None:
+        agree_values_(self._agreement)
+
+    def run_one(self, index: int) -> None:
+        _agree(*(tensors[index] for tensors in self._agreement))
+
+
+class PreparedAdamW(records.PreparedAdamW):
+    """The op, again and again. It needs the gradients themselves: their addresses are of no use to PyTorch."""
+
+    def run(
+        self,
+        grads: Gradients,
+        lrs: Tensor | Sequence[float],
+        weight_decays: Sequence[float],
+        beta1: float,
+        beta2: float,
+        eps: float,
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        zero_grads: bool,
+    ) -> None:
+        tensors = self._held._replace(grads=[g for g in grads if isinstance(g, Tensor)])
+        if len(tensors.grads) != len(tensors.weights):
+            raise TypeError("the reference backend needs the gradients, not their addresses")
+        if (moved := self._moved(grads)) is not None:
+            self._addresses = moved
+        rates = lrs if isinstance(lrs, Tensor) else torch.tensor(lrs, dtype=torch.float64, device=tensors.weights[0].device)
+        numbers = beta1, beta2, eps, maximize, grad_scale, found_inf, zero_grads
+        masked_adamw_(AdamWStep(*tensors, rates, list(weight_decays), *numbers))

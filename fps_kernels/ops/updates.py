@@ -7,14 +7,17 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fps_kernels.ops._checks import (
+    check_adamw_tensors,
+    check_agreement,
     check_device,
     check_dtype,
     check_float,
+    check_lengths,
     check_selection,
     check_shape,
 )
 from fps_kernels.ops._dispatch import implementation
-from fps_kernels.ops.records import AdamWStep
+from fps_kernels.ops.records import AdamWStep, AdamWTensors, Agreement
 
 
 @custom_op("fps_kernels::scatter_values_", mutates_args=("W",))
@@ -90,19 +93,17 @@ def masked_adamw_(
         TypeError: wrong dtype.
         ValueError: wrong shape, device or layout, or lists of different lengths.
     """
-    lists = {
-        "grads": grads,
-        "row_offsets": row_offsets,
-        "columns": columns,
-        "masters": masters,
-        "exp_avgs": exp_avgs,
-        "exp_avg_sqs": exp_avg_sqs,
-        "steps": steps,
-        "weight_decays": weight_decays,
-    }
-    for name, value in lists.items():
-        if len(value) != len(weights):
-            raise ValueError(f"{name} must have one item per weight, got {len(value)} for {len(weights)} weights")
+    check_lengths(
+        weights,
+        grads=grads,
+        row_offsets=row_offsets,
+        columns=columns,
+        masters=masters,
+        exp_avgs=exp_avgs,
+        exp_avg_sqs=exp_avg_sqs,
+        steps=steps,
+        weight_decays=weight_decays,
+    )
     if not weights:
         return
     device = weights[0].device
@@ -115,38 +116,19 @@ def masked_adamw_(
             check_device(name, scalar, device)
             if scalar.numel() != 1:
                 raise ValueError(f"{name} must hold one number, got shape {list(scalar.shape)}")
-    for i, W in enumerate(weights):
-        check_device(f"weights[{i}]", W, device)
-        check_selection(W, row_offsets[i], columns[i], f"[{i}]")
-        nnz = columns[i].numel()
-        check_float(f"grads[{i}]", grads[i])
-        check_device(f"grads[{i}]", grads[i], device)
-        check_shape(f"grads[{i}]", grads[i], (nnz,) if grads[i].dim() == 1 else tuple(W.shape))
-        if zero_grads and grads[i].dim() == 1 and not grads[i].is_contiguous():
-            raise ValueError(f"grads[{i}] must be contiguous to be set to zero")
-        if zero_grads and any(n > 1 and s == 0 for n, s in zip(grads[i].shape, grads[i].stride(), strict=True)):
-            raise ValueError(f"grads[{i}] is expanded, its entries share memory: it cannot be set to zero")
-        if masters[i].numel() or W.dtype != torch.float32:
-            check_shape(f"masters[{i}]", masters[i], (nnz,))
-        for name, state in (("masters", masters[i]), ("exp_avgs", exp_avgs[i]), ("exp_avg_sqs", exp_avg_sqs[i])):
-            check_dtype(f"{name}[{i}]", state, torch.float32)
-            check_device(f"{name}[{i}]", state, device)
-            if not state.is_contiguous():
-                raise ValueError(f"{name}[{i}] must be contiguous")
-        check_shape(f"exp_avgs[{i}]", exp_avgs[i], (nnz,))
-        check_shape(f"exp_avg_sqs[{i}]", exp_avg_sqs[i], (nnz,))
-        check_dtype(f"steps[{i}]", steps[i], torch.float32)
-        check_device(f"steps[{i}]", steps[i], device)
-        check_shape(f"steps[{i}]", steps[i], ())
-    step = AdamWStep(
+    tensors = AdamWTensors(
         list(weights),
-        [g.contiguous() if g.dim() == 1 else g for g in grads],
+        [g.contiguous() if g.dim() == 1 and not zero_grads else g for g in grads],
         list(row_offsets),
         list(columns),
         list(masters),
         list(exp_avgs),
         list(exp_avg_sqs),
         list(steps),
+    )
+    check_adamw_tensors(tensors, zero_grads)
+    step = AdamWStep(
+        *tensors,
         lrs.contiguous(),
         list(weight_decays),
         beta1,
@@ -158,3 +140,36 @@ def masked_adamw_(
         zero_grads,
     )
     implementation("masked_adamw_", device).masked_adamw_(step)
+
+
+@custom_op("fps_kernels::agree_values_", mutates_args=("weights", "values", "agreed"))
+def agree_values_(
+    weights: Sequence[Tensor],
+    row_offsets: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    values: Sequence[Tensor],
+    agreed: Sequence[Tensor],
+) -> None:
+    """Lets values and weights, of which either may have been changed by anyone, agree again, in one call for many tensors.
+
+    What is compared is content, bit by bit, so that NaN and -0.0 count. A value that differs from what was agreed on last
+    goes into its weight, rounded to nearest even. Otherwise an entry of the weight that differs from what was agreed on,
+    rounded, becomes the value. Both then count as agreed. What agrees already is not written to, nor is any other entry.
+
+    Args:
+        weights: ``n`` matrices ``[O, C]`` float32, bfloat16 or float16, strides without overlap, changed in place.
+        row_offsets: int32 ``[O + 1]`` each.
+        columns: int32 ``[nnz]`` each, trusted; they need not ascend.
+        values: the selected values in full precision, float32 ``[nnz]`` each, changed in place.
+        agreed: what both agreed on last, float32 ``[nnz]`` each, changed in place.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device or layout, or lists of different lengths.
+    """
+    check_lengths(weights, row_offsets=row_offsets, columns=columns, values=values, agreed=agreed)
+    if not weights:
+        return
+    agreement = Agreement(list(weights), list(row_offsets), list(columns), list(values), list(agreed))
+    check_agreement(agreement)
+    implementation("agree_values_", weights[0].device).agree_values_(agreement)

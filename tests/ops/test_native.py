@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fps_kernels.ops import native, reference
-from fps_kernels.ops.records import AdamWStep, Convolution
+from fps_kernels.ops.records import AdamWStep, Agreement, Convolution
 from tests.support.processes import run_python
 
 INF = float("inf")
@@ -99,6 +99,20 @@ def update(weight_dtype: torch.dtype, grad_dtype: torch.dtype) -> Callable[[], l
     return run
 
 
+def agreement(dtype: torch.dtype) -> Callable[[], list[Tensor]]:
+    W = torch.randn(400, 500).to(dtype)
+    row_offsets, columns = random_selection(400, 500, 0.1)
+    values, agreed = torch.randn(2, columns.numel())
+    values[::2] = agreed[::2]
+
+    def run() -> list[Tensor]:
+        changed = [t.clone() for t in (W, values, agreed)]
+        native.agree_values_(Agreement(changed[:1], [row_offsets], [columns], changed[1:2], changed[2:]))
+        return changed
+
+    return run
+
+
 CASES: dict[str, Callable[[], Callable[[], list[Tensor]]]] = {
     "column_norm": lambda: column_norm(torch.float32, 1.0),
     "column_norm square": lambda: column_norm(torch.float16, 2.0),
@@ -114,6 +128,8 @@ CASES: dict[str, Callable[[], Callable[[], list[Tensor]]]] = {
     "threshold ties": lambda: threshold(torch.bfloat16),
     "adamw": lambda: update(torch.float32, torch.float32),
     "adamw 16 bit": lambda: update(torch.bfloat16, torch.float16),
+    "agreement": lambda: agreement(torch.float32),
+    "agreement 16 bit": lambda: agreement(torch.float16),
 }
 
 
@@ -339,9 +355,14 @@ def test_offsets_beyond_31_bits(isa: str) -> None:
         tuned.append(W.clone())
         native.scatter_values_(W, row_offsets, columns, torch.arange(nnz).float())
         tuned.append(W.clone())
-    assert torch.equal(tuned[0], tuned[2])
-    assert torch.equal(tuned[1], tuned[3])
+        values, agreed = torch.arange(nnz).float() + 0.5, torch.arange(nnz).float()
+        values[::2] -= 0.5
+        native.agree_values_(Agreement([W], [row_offsets], [columns], [values], [agreed]))
+        tuned.append(W.clone())
+    for near_one, far_one in zip(tuned[:3], tuned[3:], strict=True):
+        assert torch.equal(near_one, far_one)
     assert not torch.equal(tuned[0], tuned[1])
+    assert not torch.equal(tuned[1], tuned[2])
 
 
 @pytest.mark.parametrize("strides", [(0, 1), (1, 0), (0, 0)], ids=str)

@@ -46,3 +46,29 @@ def test_torch_and_the_library_share_one_openmp() -> None:
     )
     result = run_python(code)
     assert result.stdout.strip() in ("0", "1"), result.stdout + result.stderr
+
+
+def test_an_agreement_that_holds_writes_nothing() -> None:
+    """Into memory that cannot be written to: a store of what is there already would end the process."""
+    code = (
+        "import mmap, tempfile, torch, warnings\n"
+        "from fps_kernels.ops import native\n"
+        "from fps_kernels.ops.records import Agreement\n"
+        "warnings.simplefilter('ignore')  # torch.frombuffer: such memory cannot be written to\n"
+        "def fixed(t):\n"
+        "    file = tempfile.TemporaryFile()\n"
+        "    file.write(t.contiguous().view(torch.uint8).numpy().tobytes()); file.flush()\n"
+        "    memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
+        "    return torch.frombuffer(memory, dtype=t.dtype).view(t.shape)\n"
+        "csr = torch.arange(0, 3001, 50).int(), torch.arange(0, 100, 2).int().repeat(60)\n"
+        "for dtype in torch.float32, torch.bfloat16, torch.float16:\n"
+        "    W = torch.randn(60, 100).to(dtype)\n"
+        "    W[3, :8:2] = torch.tensor([float('nan'), -0.0, float('inf'), 1e-40])\n"
+        "    values = W[:, ::2].flatten().float()\n"
+        "    tensors = fixed(W), *csr, fixed(values), fixed(values)\n"
+        "    for isa in native.supported_isas():\n"
+        "        with native.use_isa(isa): native.agree_values_(Agreement(*([t] for t in tensors)))\n"
+        "print('done')"
+    )
+    result = run_python(code)
+    assert result.stdout.strip() == "done", result.stderr

@@ -236,6 +236,9 @@ class FakeCuda:
                 fake.copies += 1
                 return self
 
+            def copy_(self, other, non_blocking):
+                self.content = other.to(None, non_blocking).content
+
             def record_stream(self, stream):
                 fake.recorded.append(str(stream))
 
@@ -267,3 +270,25 @@ def test_tables_are_copied_once_and_never_inside_a_capture(monkeypatch):
         tables.device_table((n,), cuda)
     assert len(tables._tables) == tables.MOST_TABLES
     assert list(tables._kept_for_graphs.values()) == [table]
+
+
+def test_a_table_of_ones_own_is_written_in_place_unless_a_graph_has_it(monkeypatch):
+    tables = module("tables")
+    fake = FakeCuda()
+    monkeypatch.setattr(tables, "torch", fake)
+    monkeypatch.setattr(tables, "_owned_by_graphs", [])
+    table = tables.OwnTable((1, 2), torch.device("cuda", 0))
+    first = table.read()
+    table.write((3, 4))
+    assert (first.content, table.read() is first, fake.copies, fake.waits) == ([3, 4], True, 2, [])
+    fake.stream = "second"
+    assert table.read() is first
+    assert (fake.waits, fake.recorded) == ([("second", "copied on first")], ["second"])
+    fake.capturing = True
+    assert table.read() is first
+    assert table.read() is first
+    with pytest.raises(RuntimeError, match="warm-up step"):
+        table.write((5, 6))
+    fake.capturing = False
+    table.write((5, 6))
+    assert (table.read().content, first.content, tables._owned_by_graphs) == ([5, 6], [3, 4], [first])

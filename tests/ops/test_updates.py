@@ -2,37 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from fps_kernels import ops
 from fps_kernels.ops import reference
-
-INT = torch.int32
-
-
-def random_csr(rows: int, columns: int, device: torch.device, density: float = 0.2) -> tuple[Tensor, Tensor]:
-    mask = torch.rand(rows, columns, device=device) < density
-    if rows > 1:
-        mask[1] = False  # a row without entries
-    row_offsets = torch.cat([torch.zeros(1, dtype=INT, device=device), mask.sum(1).cumsum(0).to(INT)])
-    return row_offsets, mask.nonzero()[:, 1].to(INT)
-
-
-def layouts(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {
-        "contiguous": torch.randn(13, 37, device=device).to(dtype),
-        "transposed": torch.randn(37, 13, device=device).to(dtype).t(),
-        "sliced": torch.randn(26, 80, device=device).to(dtype)[::2, 3:77:2],
-        "single": torch.randn(1, 1, device=device).to(dtype),
-        "no columns": torch.randn(3, 0, device=device).to(dtype),
-    }
-
-
-LAYOUTS = list(layouts(torch.device("cpu"), torch.float32))
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.int32 if x.element_size() == 4 else torch.int16)
+from tests.support.entries import INT, LAYOUTS, AdamWProblem, bits, layouts, random_csr
 
 
 @pytest.mark.parametrize("values_dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -56,67 +29,11 @@ def test_scatter_rounds_to_nearest_even(backend, device):
     assert torch.equal(W.float().nan_to_num(-1), values.to(torch.bfloat16).view(1, 4).float().nan_to_num(-1))
 
 
-class Problem:
-    """Several weights with their selections, gradients and state, and the same entries as dense torch parameters."""
-
-    def __init__(self, device, weight_dtype, grad_dtype=None, compact=False, names=LAYOUTS):
-        shapes = layouts(device, weight_dtype)
-        self.weights = [shapes[name] for name in names]
-        self.csr = [random_csr(*W.shape, device) for W in self.weights]
-        self.rows = [reference.entry_rows(offsets) for offsets, _ in self.csr]
-        self.masters = [
-            W[rows, c.long()].float() if weight_dtype != torch.float32 else torch.empty(0, device=device)
-            for W, rows, (_, c) in zip(self.weights, self.rows, self.csr, strict=True)
-        ]
-        self.device, self.compact, self.grad_dtype = device, compact, grad_dtype or weight_dtype
-        self.exp_avgs = [torch.zeros(c.numel(), device=device) for _, c in self.csr]
-        self.exp_avg_sqs = [torch.zeros(c.numel(), device=device) for _, c in self.csr]
-        self.steps = [torch.zeros((), device=device) for _ in self.csr]
-        self.before = [W.clone() for W in self.weights]
-
-    def values(self, i: int) -> Tensor:
-        if self.masters[i].numel():
-            return self.masters[i]
-        return self.weights[i][self.rows[i], self.csr[i][1].long()]
-
-    def gradients(self) -> list[Tensor]:
-        if self.compact:
-            return [torch.randn(c.numel(), device=self.device).to(self.grad_dtype) for _, c in self.csr]
-        return [torch.randn_like(W.float()).to(self.grad_dtype) for W in self.weights]
-
-    def at_entries(self, grads: list[Tensor]) -> list[Tensor]:
-        if self.compact:
-            return grads
-        return [g[rows, c.long()] for g, rows, (_, c) in zip(grads, self.rows, self.csr, strict=True)]
-
-    def step(
-        self, grads, lrs, weight_decays, betas=(0.9, 0.999), eps=1e-8, maximize=False, scale=None, found_inf=None, zero=False
-    ):
-        ops.masked_adamw_(
-            self.weights,
-            grads,
-            [offsets for offsets, _ in self.csr],
-            [columns for _, columns in self.csr],
-            self.masters,
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            self.steps,
-            torch.tensor(lrs, dtype=torch.float64, device=self.device),
-            weight_decays,
-            *betas,
-            eps,
-            maximize,
-            scale,
-            found_inf,
-            zero,
-        )
-
-
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("compact", [False, True], ids=["dense", "compact"])
 def test_follows_torch_adamw(backend, device, compact, maximize):
     """Ten steps with one learning rate and decay per tensor stay within the stated bound of torch.optim.AdamW."""
-    problem = Problem(device, torch.float32, compact=compact)
+    problem = AdamWProblem(device, torch.float32, compact=compact)
     n = len(problem.weights)
     lrs, decays = [10.0 ** -(1 + i) for i in range(n)], [0.1 * i for i in range(n)]
     peers = [torch.nn.Parameter(problem.values(i).clone()) for i in range(n)]
@@ -138,7 +55,7 @@ def test_follows_torch_adamw(backend, device, compact, maximize):
 
 
 def test_unselected_entries_keep_their_bits(backend, device, dtype):
-    problem = Problem(device, dtype)
+    problem = AdamWProblem(device, dtype)
     n = len(problem.weights)
     for _ in range(3):
         problem.step(problem.gradients(), [0.1] * n, [0.5] * n)
@@ -153,7 +70,7 @@ def test_unselected_entries_keep_their_bits(backend, device, dtype):
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_weights_have_float32_masters(backend, device, dtype, grad_dtype):
     """Against the reference in float32: the master moves even where a 16-bit weight could not."""
-    problem = Problem(device, dtype, grad_dtype)
+    problem = AdamWProblem(device, dtype, grad_dtype)
     n = len(problem.weights)
     expected_values = [problem.values(i).double() for i in range(n)]
     m = [torch.zeros_like(v) for v in expected_values]
@@ -174,11 +91,11 @@ def test_low_precision_weights_have_float32_masters(backend, device, dtype, grad
 
 
 def test_grad_scale_and_found_inf(backend, device):
-    scaled, plain = Problem(device, torch.float32, names=["contiguous"]), None
+    scaled, plain = AdamWProblem(device, torch.float32, names=["contiguous"]), None
     grads = scaled.gradients()
     twin = [W.clone() for W in scaled.weights]
     scaled.step([g * 1024 for g in grads], [0.1], [0.0], scale=torch.tensor(1024.0, device=device))
-    plain = Problem(device, torch.float32, names=["contiguous"])
+    plain = AdamWProblem(device, torch.float32, names=["contiguous"])
     plain.weights, plain.csr, plain.rows = twin, scaled.csr, scaled.rows
     plain.exp_avgs = [torch.zeros_like(m) for m in scaled.exp_avgs]
     plain.exp_avg_sqs = [torch.zeros_like(m) for m in scaled.exp_avgs]
@@ -196,7 +113,7 @@ def test_grad_scale_and_found_inf(backend, device):
 @pytest.mark.parametrize("compact", [False, True], ids=["dense", "compact"])
 def test_zeroes_the_gradients_it_read(backend, device, dtype, compact, skipped):
     """Those of the selected entries, of a skipped step too; the update is the same, and the other gradients stay."""
-    problem, twin = Problem(device, dtype, compact=compact), Problem(device, dtype, compact=compact)
+    problem, twin = AdamWProblem(device, dtype, compact=compact), AdamWProblem(device, dtype, compact=compact)
     twin.weights, twin.csr, twin.rows = [W.clone() for W in problem.weights], problem.csr, problem.rows
     twin.masters = [m.clone() for m in problem.masters]
     twin.exp_avgs = [torch.zeros_like(m) for m in problem.exp_avgs]
@@ -216,9 +133,9 @@ def test_zeroes_the_gradients_it_read(backend, device, dtype, compact, skipped):
 
 
 def test_strided_dense_gradients(backend, device):
-    problem = Problem(device, torch.float32, names=["contiguous", "transposed"])
+    problem = AdamWProblem(device, torch.float32, names=["contiguous", "transposed"])
     grads = [torch.randn(37, 13, device=device).t(), torch.randn(13, 74, device=device)[:, ::2]]
-    expected = Problem(device, torch.float32, names=["contiguous", "transposed"])
+    expected = AdamWProblem(device, torch.float32, names=["contiguous", "transposed"])
     expected.weights = [W.clone() for W in problem.weights]
     expected.csr, expected.rows = problem.csr, problem.rows
     expected.exp_avgs = [torch.zeros_like(m) for m in problem.exp_avgs]

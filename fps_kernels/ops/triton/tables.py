@@ -7,10 +7,15 @@ import torch
 from torch import Tensor
 
 MOST_TABLES = 16
+NEEDS_WARM_UP = (
+    "a CUDA graph under capture needs a table of tensors that an earlier call has made: take a warm-up step with the same "
+    "tensors before it, gradients included (zero_grad(set_to_none=False) keeps them in place)"
+)
 
 _Key = tuple[tuple[int | tuple[int, int], ...], torch.device]
 _tables: OrderedDict[_Key, tuple[Tensor, torch.cuda.Stream, torch.cuda.Event]] = OrderedDict()
 _kept_for_graphs: dict[_Key, Tensor] = {}
+_owned_by_graphs: list[Tensor] = []
 
 
 def device_table(values: tuple[int, ...], device: torch.device) -> Tensor:
@@ -31,7 +36,12 @@ def block_map(blocks: tuple[tuple[int, int], ...], device: torch.device) -> Tens
 
     Cached like :func:`device_table`.
     """
-    return _cached(blocks, device, lambda: [tensor << 32 | block for tensor, count in blocks for block in range(count)])
+    return _cached(blocks, device, lambda: map_values(blocks))
+
+
+def map_values(blocks: tuple[tuple[int, int], ...]) -> list[int]:
+    """The numbers of a :func:`block_map`."""
+    return [tensor << 32 | block for tensor, count in blocks for block in range(count)]
 
 
 def _cached(content: tuple[int | tuple[int, int], ...], device: torch.device, values: Callable[[], Sequence[int]]) -> Tensor:
@@ -42,10 +52,7 @@ def _cached(content: tuple[int | tuple[int, int], ...], device: torch.device, va
     stream = torch.cuda.current_stream(device)
     if key not in _tables:
         if capturing:
-            raise RuntimeError(
-                "a CUDA graph under capture needs a table of tensors that an earlier call has made: take a warm-up step "
-                "with the same tensors before it, gradients included (zero_grad(set_to_none=False) keeps them in place)"
-            )
+            raise RuntimeError(NEEDS_WARM_UP)
         table = torch.tensor(values(), dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
         _tables[key] = table, stream, stream.record_event()
         if len(_tables) > MOST_TABLES:
@@ -58,3 +65,46 @@ def _cached(content: tuple[int | tuple[int, int], ...], device: torch.device, va
         stream.wait_event(copied)
         table.record_stream(stream)
     return table
+
+
+class OwnTable:
+    """An int64 tensor on a device that lives as long as its owner, who may write it anew, without waiting for the device.
+
+    A CUDA graph may capture its use, and keeps it then: what is written later goes into another tensor.
+    """
+
+    def __init__(self, values: Sequence[int], device: torch.device) -> None:
+        self._device = device
+        self._kept = True  # by a graph, or by nobody yet: the next write makes a tensor
+        self.write(values)
+
+    def write(self, values: Sequence[int]) -> None:
+        """As many values as before. The current device must be that of the table.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured.
+        """
+        if self._device.type != "cuda":
+            self._tensor = torch.tensor(values, dtype=torch.int64, device=self._device)
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(NEEDS_WARM_UP)
+        staged = torch.tensor(values, dtype=torch.int64, pin_memory=True)  # torch waits for the copy before it reuses this
+        if self._kept:
+            self._tensor, self._kept = staged.to(self._device, non_blocking=True), False
+        else:
+            self._tensor.copy_(staged, non_blocking=True)
+        self._stream = torch.cuda.current_stream(self._device)
+        self._copied = self._stream.record_event()
+
+    def read(self) -> Tensor:
+        """The table, for a launch on the current stream."""
+        if self._device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():  # the capture began with a synchronisation, so the copy is done
+                if not self._kept:
+                    _owned_by_graphs.append(self._tensor)
+                self._kept = True
+            elif (stream := torch.cuda.current_stream(self._device)) != self._stream:
+                stream.wait_event(self._copied)
+                self._tensor.record_stream(stream)
+        return self._tensor

@@ -6,65 +6,37 @@ of rows. Walking the rows instead would be quick where they are long, but a run 
 """
 
 import math
-import struct
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fps_kernels.ops.records import AdamWStep
+from fps_kernels.ops.records import AdamWStep, AdamWTensors
 from fps_kernels.ops.triton.floats import bfloat16_bits, to_float32
 from fps_kernels.ops.triton.tables import block_map, device_table
 
 BLOCK = 512  # four entries per thread: the gathers wait for memory, so many warps matter more than wide loads
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FIELDS = tl.constexpr(19)
+FIELDS = tl.constexpr(17)
 
 
 def masked_adamw_(step: AdamWStep) -> None:
     """:func:`fps_kernels.ops.reference.masked_adamw_` in one launch, without waiting for the device.
 
-    The table of pointers is made anew only when a tensor has moved. Under CUDA graph capture it must exist: see
-    :func:`~fps_kernels.ops.triton.tables.device_table`.
+    The tables are made anew only when a tensor has moved or a number has changed. Under CUDA graph capture they must exist:
+    see :func:`~fps_kernels.ops.triton.tables.device_table`.
     """
     lrs = step.lrs
+    numbers = (step.beta1, step.beta2, step.eps)
     with torch.cuda.device_of(lrs):
-        table: list[int] = []
-        for W, grad, offsets, cols, master, exp_avg, exp_avg_sq, count, decay in zip(
-            *step[:8], step.weight_decays, strict=True
-        ):
-            compact = grad.dim() == 1
-            table += (
-                W.data_ptr(),
-                grad.data_ptr(),
-                offsets.data_ptr(),
-                cols.data_ptr(),
-                master.data_ptr() if master.numel() else 0,
-                exp_avg.data_ptr(),
-                exp_avg_sq.data_ptr(),
-                count.data_ptr(),
-                W.shape[0],
-                cols.numel(),
-                *W.stride(),
-                *((0, 0) if compact else grad.stride()),
-                int(compact),
-                DTYPE_CODES[W.dtype],
-                DTYPE_CODES[grad.dtype],
-                _float64_bits(decay),
-                W.shape[0].bit_length(),
-            )
-        # Compile-time or float32 arguments would cost a compilation or precision: float64 travels as its bits.
-        table += map(_float64_bits, (step.beta1, step.beta2, _log(step.beta1), _log(step.beta2), step.eps))
-        pointers = device_table(tuple(table), lrs.device)
-        map_ = block_map(tuple((i, triton.cdiv(c.numel(), BLOCK)) for i, c in enumerate(step.columns)), lrs.device)
-        if step.found_inf is None:
-            torch._foreach_add_(step.steps, 1.0)
-        else:
-            clean = (step.found_inf == 0).to(torch.float32).reshape(())
-            torch._foreach_add_(step.steps, [clean] * len(step.steps))  # as a list: never read by the host
-        if map_.numel():
-            launch_masked_adamw(pointers, map_, step)
+        map_ = block_map(program_blocks(step.columns), lrs.device)
+        tensors = device_table(tensor_fields(step.tensors), lrs.device)
+        addresses = [grad.data_ptr() for grad in step.grads]
+        changing = device_table(changing_fields(addresses, step.weight_decays, numbers), lrs.device)
+        launch_masked_adamw(tensors, changing, map_, lrs, step.steps, step.maximize, *step.options[6:])
 
 
 def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor) -> None:
@@ -73,19 +45,36 @@ def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Ten
         launch_scatter_values(W, row_offsets, columns, values)
 
 
-def launch_masked_adamw(pointers: Tensor, map_: Tensor, step: AdamWStep) -> None:
-    _masked_adamw[(map_.numel(),)](
-        pointers,
-        map_,
-        step.lrs,
-        step.grad_scale,
-        step.found_inf,
-        step.lrs.numel(),
-        MAXIMIZE=step.maximize,
-        ZERO_GRADS=step.zero_grads,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
+def launch_masked_adamw(
+    tensors: Tensor,
+    changing: Tensor,
+    map_: Tensor,
+    lrs: Tensor,
+    steps: list[Tensor],
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    zero_grads: bool,
+) -> None:
+    if found_inf is None:
+        torch._foreach_add_(steps, 1.0)
+    else:
+        clean = (found_inf == 0).to(torch.float32).reshape(())
+        torch._foreach_add_(steps, [clean] * len(steps))  # as a list: never read by the host
+    if map_.numel():
+        _masked_adamw[(map_.numel(),)](
+            tensors,
+            changing,
+            map_,
+            lrs,
+            grad_scale,
+            found_inf,
+            len(steps),
+            MAXIMIZE=maximize,
+            ZERO_GRADS=zero_grads,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
 
 
 def launch_scatter_values(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor) -> None:
@@ -104,9 +93,51 @@ def launch_scatter_values(W: Tensor, row_offsets: Tensor, columns: Tensor, value
     )
 
 
-def _float64_bits(value: float) -> int:
-    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
-    return bits
+def program_blocks(columns: list[Tensor]) -> tuple[tuple[int, int], ...]:
+    """How many programs serve each selection, for :func:`~fps_kernels.ops.triton.tables.block_map`."""
+    return tuple((i, triton.cdiv(c.numel(), BLOCK)) for i, c in enumerate(columns))
+
+
+def entry_fields(W: Tensor, row_offsets: Tensor, columns: Tensor) -> tuple[int, ...]:
+    """What every kernel here must know of the selected entries of one weight: the first of its fields."""
+    csr = row_offsets.data_ptr(), columns.data_ptr(), W.shape[0], columns.numel()
+    return (W.data_ptr(), *csr, *W.stride(), DTYPE_CODES[W.dtype], W.shape[0].bit_length())
+
+
+def tensor_fields(tensors: AdamWTensors) -> tuple[int, ...]:
+    """What stays from step to step: ``FIELDS`` numbers for each weight."""
+    table: list[int] = []
+    for W, grad, row_offsets, columns, master, exp_avg, exp_avg_sq, count in zip(*tensors, strict=True):
+        compact = grad.dim() == 1
+        table += (
+            *entry_fields(W, row_offsets, columns),
+            master.data_ptr() if master.numel() else 0,
+            exp_avg.data_ptr(),
+            exp_avg_sq.data_ptr(),
+            count.data_ptr(),
+            *((0, 0) if compact else grad.stride()),
+            int(compact),
+            DTYPE_CODES[grad.dtype],
+        )
+    return tuple(table)
+
+
+def changing_fields(
+    grads: list[int], weight_decays: Sequence[float], numbers: tuple[float, float, float], lrs: Sequence[float] = ()
+) -> tuple[int, ...]:
+    """What may differ from step to step: addresses of gradients, decays, and beta1, beta2, their logarithms and eps; from
+    :func:`rates_offset` on the learning rates, where they are not a tensor.
+
+    Compile-time or float32 arguments would cost a compilation or precision: float64 travels as its bits.
+    """
+    beta1, beta2, eps = numbers
+    floats = np.array((*weight_decays, beta1, beta2, _log(beta1), _log(beta2), eps, 0.0, *lrs), dtype=np.float64)
+    return (*grads, *floats.view(np.int64).tolist())
+
+
+def rates_offset(n: int) -> int:
+    """Where the learning rates of ``n`` tensors lie in the table, aligned as a tensor of their own would be."""
+    return 2 * n + 6
 
 
 def _log(beta: float) -> float:
@@ -145,7 +176,7 @@ def _load_any(address, offsets, code, inside):
 
 
 @triton.jit
-def _store_any(address, offsets, value, code, inside):
+def store_any(address, offsets, value, code, inside):
     """The counterpart of :func:`_load_any`, rounding to nearest even."""
     if code == 0:
         tl.store(address.to(tl.pointer_type(tl.float32)) + offsets, value, mask=inside)
@@ -157,7 +188,8 @@ def _store_any(address, offsets, value, code, inside):
 
 @triton.jit(do_not_specialize=["tensors"])
 def _masked_adamw(
-    table_ptr,
+    tensors_ptr,
+    changing_ptr,
     map_ptr,
     lrs_ptr,
     grad_scale_ptr,
@@ -176,16 +208,16 @@ def _masked_adamw(
     """
     block = tl.load(map_ptr + tl.program_id(0))  # tensor << 32 | number of the program within it
     tensor = block >> 32
-    fields = table_ptr + tensor * FIELDS
-    grad_address = tl.load(fields + 1)
-    row_offsets_ptr = tl.load(fields + 2).to(tl.pointer_type(tl.int32))
-    columns_ptr = tl.load(fields + 3).to(tl.pointer_type(tl.int32))
-    master_address = tl.load(fields + 4)
-    exp_avg_ptr = tl.load(fields + 5).to(tl.pointer_type(tl.float32))
-    exp_avg_sq_ptr = tl.load(fields + 6).to(tl.pointer_type(tl.float32))
-    step = tl.load(tl.load(fields + 7).to(tl.pointer_type(tl.float32))).to(tl.float64)
-    weight_decay = _float64(fields + 17)
-    constants = table_ptr + tensors.to(tl.int64) * FIELDS
+    fields = tensors_ptr + tensor * FIELDS
+    row_offsets_ptr = tl.load(fields + 1).to(tl.pointer_type(tl.int32))
+    columns_ptr = tl.load(fields + 2).to(tl.pointer_type(tl.int32))
+    master_address = tl.load(fields + 9)
+    exp_avg_ptr = tl.load(fields + 10).to(tl.pointer_type(tl.float32))
+    exp_avg_sq_ptr = tl.load(fields + 11).to(tl.pointer_type(tl.float32))
+    step = tl.load(tl.load(fields + 12).to(tl.pointer_type(tl.float32))).to(tl.float64)
+    grad_address = tl.load(changing_ptr + tensor)
+    weight_decay = _float64(changing_ptr + tensors + tensor)
+    constants = changing_ptr + tensors.to(tl.int64) * 2
     beta1 = _float64(constants)
     beta2 = _float64(constants + 1)
     eps = _float64(constants + 4).to(tl.float32)
@@ -202,19 +234,19 @@ def _masked_adamw(
     step_size = (-lr / bias_correction1).to(tl.float32)
 
     entries = (block & 0xFFFFFFFF) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
-    nnz = tl.load(fields + 9)
+    nnz = tl.load(fields + 4)
     exists = entries < nnz
     if found_inf_ptr is not None:
         nnz = tl.where(tl.load(found_inf_ptr) == 0, nnz, 0)  # a skipped step has no entries but to zero
     inside = entries < nnz
-    rows = rows_of(row_offsets_ptr, entries, tl.load(fields + 8), tl.load(fields + 18))
+    rows = rows_of(row_offsets_ptr, entries, tl.load(fields + 3), tl.load(fields + 8))
     columns = tl.load(columns_ptr + entries, mask=exists, other=0).to(tl.int64)
-    positions = rows * tl.load(fields + 10) + columns * tl.load(fields + 11)
-    grad_positions = rows * tl.load(fields + 12) + columns * tl.load(fields + 13) + entries * tl.load(fields + 14)
+    positions = rows * tl.load(fields + 5) + columns * tl.load(fields + 6)
+    grad_positions = rows * tl.load(fields + 13) + columns * tl.load(fields + 14) + entries * tl.load(fields + 15)
 
     grad = _load_any(grad_address, grad_positions, tl.load(fields + 16), inside)
     if ZERO_GRADS:  # of a skipped step, too
-        _store_any(grad_address, grad_positions, tl.zeros_like(grad), tl.load(fields + 16), exists)
+        store_any(grad_address, grad_positions, tl.zeros_like(grad), tl.load(fields + 16), exists)
     if grad_scale_ptr is not None:
         grad = tl.div_rn(grad, tl.zeros_like(grad) + tl.load(grad_scale_ptr))
     if MAXIMIZE:
@@ -238,7 +270,7 @@ def _masked_adamw(
     tl.store(exp_avg_sq_ptr + entries, exp_avg_sq, mask=inside)
     if master_address != 0:
         tl.store(master_address.to(tl.pointer_type(tl.float32)) + entries, value, mask=inside)
-    _store_any(tl.load(fields), positions, value, tl.load(fields + 15), inside)
+    store_any(tl.load(fields), positions, value, tl.load(fields + 7), inside)
 
 
 @triton.jit(do_not_specialize=["O", "nnz", "search_steps"])
