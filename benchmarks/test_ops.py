@@ -213,6 +213,26 @@ def adamw(k: int = 8) -> Case:
     return Case(f"a block of ViT-S, k={k}", step, dense.step, check, nnz * contestants.BYTES_PER_STEPPED_ENTRY)
 
 
+def agreement(k: int = 8) -> Case:
+    """Where nothing has changed, as in most forward passes; plain torch only looks whether that is so."""
+    weights, _ = weights_and_factors()
+    choices = [entries(k, *W.shape) for W in weights]
+    places = [(entry_rows(row_offsets), columns.long()) for row_offsets, columns in choices]
+    values = [W[place] for W, place in zip(weights, places, strict=True)]
+    agreed = [v.clone() for v in values]
+    arguments = weights, [r for r, _ in choices], [c for _, c in choices], values, agreed
+
+    def plain() -> bool:
+        tensors = zip(weights, places, values, agreed, strict=True)
+        return all(torch.equal(v, a) and torch.equal(W[place], a) for W, place, v, a in tensors)
+
+    def check(_: None, same: bool) -> None:
+        assert same
+
+    nnz = sum(v.numel() for v in values)
+    return Case(f"a block of ViT-S, k={k}", lambda: ops.agree_values_(*arguments), plain, check, nnz * (LINE + 12))
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "column_norm_": column_norm,
     "column_norm_conv2d_-patches": lambda: convolution((4, 3, 224, 224), 16, 16, 0),
@@ -224,6 +244,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "sampled_grad_conv2d": gradient_of_convolution,
     "scatter_values_": scatter,
     "masked_adamw_": adamw,
+    "agree_values_": agreement,
 }
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fps_kernels.ops import triton as backend
-from fps_kernels.ops.records import AdamWStep, Convolution
+from fps_kernels.ops.records import AdamWStep, Agreement, Convolution
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
 SECTOR = 32  # bytes: the least that memory moves for a scattered entry
 
 
@@ -236,6 +236,15 @@ def _updates() -> Iterator[Case]:
     yield adamw("ViT-B/16, 1 %, fp32, compact gradients", vit_weights(12, 768, FP32), compact=True, scaler=False)
     yield adamw("ViT-H/14, 1 %, bf16, compact gradients, scaler", vit_weights(32, 1280, BF16), compact=True, scaler=True)
     yield adamw("ViT-H/14, 1 %, bf16, zeroed gradients, scaler", vit_weights(32, 1280, BF16), False, True, zero=True)
+    for name, weights in (("ViT-B/16", vit_weights(12, 768, FP32)), ("ViT-H/14", vit_weights(32, 1280, BF16))):
+        csr = [_csr(W.shape[0], W.numel() // 100) for W in weights]
+        lists = [
+            [offsets for offsets, _ in csr],
+            *([tensor(c.numel(), dtype=t) for _, c in csr] for t in (INT32, FP32, FP32)),
+        ]
+        moved = sum(c.numel() for _, c in csr) * (3 * 4 + SECTOR)
+        agreement = (Agreement(weights, *lists),)
+        yield Case(f"agree_values {name}, 1 %, {_short(weights[0].dtype)}", backend.agree_values_, agreement, moved, False)
     for dtype in (BF16, FP16, FP32):
         W, nnz = tensor(3072, 768, dtype=dtype), 23592
         arguments = (W, tensor(3073, dtype=torch.int32), tensor(nnz, dtype=torch.int32), tensor(nnz))
