@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fps_kernels.ops import triton as backend
 from fps_kernels.ops.records import AdamWStep, Agreement, Convolution
+from fps_kernels.ops.triton.gradients import sampled_grad_with_bias
 
 BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
 SECTOR = 32  # bytes: the least that memory moves for a scattered entry
@@ -177,6 +178,12 @@ def _gradients() -> Iterator[Case]:
             for nnz in (768, 76_800):
                 odd = tensor(12609, 2311, dtype=dtype)[:, ::3], tensor(137, 12609, dtype=other).t()
                 yield case(f"odd strides, {_short(dtype)} and {_short(other)}, {nnz} entries", *odd, nnz)
+    for dtype in (BF16, FP16, FP32):
+        gy, x = tensor(12608, 3072, dtype=dtype), tensor(12608, 384, dtype=dtype)
+        for k in (1, 16):
+            arguments = (gy, x, *_csr(3072, 3072 * k))
+            name = f"sampled_grad with bias ViT-B/16 fc1, batch 64, {_short(dtype)}, k={k}, 384 columns"
+            yield Case(name, sampled_grad_with_bias, arguments, _size(gy, x) + 4 * 3072 * (2 * k + 1), wide=k == 16)
     for C in (768, 50):  # both widths of a tile, 32 entries per output in each look
         gy, x = tensor(256 * 197, 1280, dtype=BF16), tensor(256 * 197, C, dtype=BF16)
         yield case(f"batch 256, bf16, 32 entries in each of 1280 rows, {C} columns", gy, x, 40_960)

@@ -26,13 +26,14 @@ from fps_kernels.ops.triton import (
     column_norm_conv2d,
     gradients,
     gradients_conv2d,
+    splits,
     threshold,
     topk,
     updates,
 )
 from fps_kernels.ops.triton.target import assume
 
-FAMILIES = (column_norm, column_norm_conv2d, topk, threshold, gradients, gradients_conv2d, updates, agreement)
+FAMILIES = (column_norm, column_norm_conv2d, topk, threshold, gradients, gradients_conv2d, splits, updates, agreement)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from torch import Tensor
 
@@ -146,15 +146,18 @@ class PreparedAdamW(ABC):
 
     def _moved(self, grads: Gradients) -> list[int] | None:
         """The addresses of the gradients, where they are not those of the last run."""
-        addresses = [g if isinstance(g, int) else g.data_ptr() for g in grads]
+        if isinstance(grads[0], int):
+            return None if grads == self._addresses else [int(address) for address in grads]
+        tensors = cast(Sequence[Tensor], grads)
+        addresses = list(map(Tensor.data_ptr, tensors))
         if addresses == self._addresses:
             return None
-        for i, layout in enumerate(self._layouts):
-            grad = grads[i]
-            if not isinstance(grad, int) and (grad.dtype, grad.shape, grad.stride()) != layout:
-                dtype, shape, strides = layout
-                raise ValueError(
-                    f"grads[{i}] must be {dtype} of shape {list(shape)} with strides {list(strides)}, as when the step was "
-                    f"prepared, got {grad.dtype}, {list(grad.shape)}, {list(grad.stride())}"
-                )
+        layouts = [(grad.dtype, grad.shape, grad.stride()) for grad in tensors]
+        if layouts != self._layouts:
+            i = next(i for i, (found, wanted) in enumerate(zip(layouts, self._layouts, strict=True)) if found != wanted)
+            found, (dtype, shape, strides) = tensors[i], self._layouts[i]
+            raise ValueError(
+                f"grads[{i}] must be {dtype} of shape {list(shape)} with strides {list(strides)}, as when the step was "
+                f"prepared, got {found.dtype}, {list(found.shape)}, {list(found.stride())}"
+            )
         return addresses

@@ -1,7 +1,9 @@
 """The paths of the Triton launch functions that only large tensors take, forced onto small ones."""
 
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,14 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def module(name: str):
     return sys.modules[f"fps_kernels.ops.triton.{name}"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_plans():
+    """What is changed here decides what is launched."""
+    module("launching").forget_plans()
+    yield
+    module("launching").forget_plans()
 
 
 @pytest.mark.parametrize("ord", [1.0, 2.0, float("inf")])
@@ -149,6 +159,44 @@ def test_sampled_grad_of_more_rows_than_one_launch_takes(monkeypatch):
     assert close(backend.sampled_grad(*arguments), *arguments)
 
 
+@pytest.mark.parametrize("product", [True, False], ids=["product", "gather"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 30, 150, 1100])
+def test_sampled_grad_with_bias(monkeypatch, product, dtype, rows):
+    """In one part, in several, and in several launches; the gradient keeps its bits."""
+    gradients = module("gradients")
+    monkeypatch.setattr(gradients, "prefer_product", lambda nnz, gy, x: product)
+    monkeypatch.setattr(gradients, "PRODUCT_PROGRAMS", 20)
+    monkeypatch.setattr(gradients, "GATHER_PROGRAMS", 20)
+    if rows == 1100:
+        monkeypatch.setattr(gradients, "MOST_SPLITS", 2)
+        monkeypatch.setattr(gradients, "MOST_ROWS", dict.fromkeys(gradients.MOST_ROWS, 256))
+    arguments = sampled_grad_problem(rows, 150, 130, dtype)
+    odd = arguments[0][:, 1:], arguments[1].t().contiguous().t(), arguments[2][1:], arguments[3]
+    for gy, x, row_offsets, columns in (arguments, odd):
+        grad, bias_grad = gradients.sampled_grad_with_bias(gy, x, row_offsets, columns)
+        assert close(grad, gy, x, row_offsets, columns)
+        expected, size = gy.double().sum(0), gy.double().abs().sum(0)
+        assert bias_grad.dtype == torch.float32
+        assert ((bias_grad - expected).abs() <= 3e-6 * size).all()
+        again = gradients.sampled_grad_with_bias(gy, x, row_offsets, columns)
+        assert torch.equal(grad, again[0])
+        assert torch.equal(bias_grad, again[1])
+
+
+def test_sampled_grad_with_bias_of_nothing():
+    gradients = module("gradients")
+    none, offsets = torch.empty(0, dtype=torch.int32, device=DEVICE), torch.zeros(8, dtype=torch.int32, device=DEVICE)
+    gy, x = torch.randn(20, 7, device=DEVICE), torch.randn(20, 3, device=DEVICE)
+    grad, bias_grad = gradients.sampled_grad_with_bias(gy, x, offsets, none)
+    assert grad.numel() == 0
+    torch.testing.assert_close(bias_grad, gy.sum(0))
+    offsets[1:] = 1
+    for found in gradients.sampled_grad_with_bias(gy[:0], x[:0], offsets, none.new_zeros(1)):
+        assert not found.any()
+    assert found.shape == (7,)
+
+
 def test_sampled_grad_is_deterministic():
     arguments = sampled_grad_problem(300, 40, 70)
     assert torch.equal(backend.sampled_grad(*arguments), backend.sampled_grad(*arguments))
@@ -209,7 +257,14 @@ class FakeCuda:
     def __init__(self):
         self.capturing, self.copies, self.stream = False, 0, "first"
         self.waits, self.recorded = [], []
-        self.cuda = self
+        self.cuda = self._C = self
+
+    def _cuda_isCurrentStreamCapturing(self):  # noqa: N802
+        return self.capturing
+
+    def _cuda_getCurrentRawStream(self, index):  # noqa: N802
+        assert index == 0
+        return self.stream
 
     def is_current_stream_capturing(self):
         return self.capturing
@@ -218,6 +273,10 @@ class FakeCuda:
         fake = self
 
         class Stream(str):
+            @property
+            def cuda_stream(self):
+                return str(self)
+
             def record_event(self):
                 return f"copied on {self}"
 
@@ -225,6 +284,9 @@ class FakeCuda:
                 fake.waits.append((str(self), event))
 
         return Stream(self.stream)
+
+    def from_numpy(self, values):
+        return SimpleNamespace(pin_memory=lambda: self.tensor(values, None, True))
 
     def tensor(self, values, dtype, pin_memory):
         assert pin_memory
@@ -277,9 +339,13 @@ def test_a_table_of_ones_own_is_written_in_place_unless_a_graph_has_it(monkeypat
     fake = FakeCuda()
     monkeypatch.setattr(tables, "torch", fake)
     monkeypatch.setattr(tables, "_owned_by_graphs", [])
+
+    def numbers(*values):
+        return np.array(values, dtype=np.int64)
+
     table = tables.OwnTable((1, 2), torch.device("cuda", 0))
     first = table.read()
-    table.write((3, 4))
+    table.write(numbers(3, 4))
     assert (first.content, table.read() is first, fake.copies, fake.waits) == ([3, 4], True, 2, [])
     fake.stream = "second"
     assert table.read() is first
@@ -288,7 +354,7 @@ def test_a_table_of_ones_own_is_written_in_place_unless_a_graph_has_it(monkeypat
     assert table.read() is first
     assert table.read() is first
     with pytest.raises(RuntimeError, match="warm-up step"):
-        table.write((5, 6))
+        table.write(numbers(5, 6))
     fake.capturing = False
-    table.write((5, 6))
+    table.write(numbers(5, 6))
     assert (table.read().content, first.content, tables._owned_by_graphs) == ([5, 6], [3, 4], [first])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fps_kernels.ops.records import Agreement
 from fps_kernels.ops.triton.floats import bfloat16_bits
+from fps_kernels.ops.triton.launching import Compiled, launch
 from fps_kernels.ops.triton.tables import block_map, device_table
 from fps_kernels.ops.triton.updates import BLOCK, entry_fields, program_blocks, rows_of, store_any
 
@@ -29,10 +30,9 @@ def agreement_fields(agreement: Agreement) -> tuple[int, ...]:
     return tuple(table)
 
 
-def launch_agree_values(table: Tensor, map_: Tensor, first: int, programs: int) -> None:
+def launch_agree_values(table: Tensor, map_: Tensor, first: int, programs: int) -> Compiled | None:
     """Those programs of the map, from the first on."""
-    if programs:
-        _agree_values[(programs,)](table, map_, first, BLOCK=BLOCK, num_warps=4)
+    return launch(_agree_values, (programs,), table, map_, first, BLOCK=BLOCK, num_warps=4) if programs else None
 
 
 @triton.jit(do_not_specialize=["first"])

@@ -1,7 +1,8 @@
 """``sampled_grad``: the gradient of a linear map's weight at its selected entries, in two stages without float atomics.
 
-Stage 1 sums parts of the rows, stage 2 adds those sums in a fixed order. Stage 1 has two ways, chosen by density: the tile
-product multiplies whole tiles on tensor cores and keeps what is selected; gathering fetches two numbers for each product.
+Stage 1 sums parts of the rows, stage 2 (:mod:`.splits`) adds those sums in a fixed order, unless one part is all. Stage 1
+has two ways, chosen by density: the tile product multiplies whole tiles on tensor cores and keeps what is selected;
+gathering fetches two numbers for each product.
 """
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from fps_kernels.ops._dispatch import interpreted
 from fps_kernels.ops.triton.floats import to_float32
+from fps_kernels.ops.triton.launching import Plans, alignment, launch
+from fps_kernels.ops.triton.splits import Plan, finish
 from fps_kernels.ops.triton.target import target_of
 from fps_kernels.ops.triton.updates import rows_of
 
@@ -34,17 +37,50 @@ TILED_PER_GATHERED = {2: 93.0, 4: 15.5}
 GATHERED_PER_SECTOR = 12.0
 
 
+_plans = Plans()
+
+
 def sampled_grad(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor) -> Tensor:
     """:func:`fps_kernels.ops.reference.sampled_grad`. Workspace: :data:`MOST_SPLITS` float32 numbers per entry."""
-    grad = torch.empty(columns.numel(), dtype=torch.float32, device=gy.device)
+    return _sums(gy, x, row_offsets, columns, bias=False)
+
+
+def sampled_grad_with_bias(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`sampled_grad` of ``gy`` ``[M, O]``, and its sum over the rows, float32 ``[O]``, by the same launches.
+
+    There may be no entries and no rows. Both results share one allocation.
+    """
+    nnz, O = columns.shape[0], gy.shape[1]
+    if gy.numel():
+        sums = _sums(gy, x, row_offsets, columns, bias=True)
+    else:
+        sums = torch.zeros(nnz + O, dtype=torch.float32, device=gy.device)
+    grad, bias_grad = sums.split_with_sizes((nnz, O))
+    return grad, bias_grad
+
+
+def _sums(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor, bias: bool) -> Tensor:
+    """The gradient, ``[nnz]``, and behind it the bias's, ``[O]``, if ``bias``."""
+    where = gy.data_ptr(), x.data_ptr(), row_offsets.data_ptr(), columns.data_ptr()
+    kinds = gy.shape, gy.stride(), gy.dtype, x.shape, x.stride(), x.dtype, columns.shape
+    key = kinds, alignment(where), gy.get_device(), bias
+    plan = _plans.find(key)
+    if plan is not None:
+        found: Tensor = plan.run(gy.device, *where)
+        return found
+    sums = torch.empty(columns.numel() + (gy.shape[1] if bias else 0), dtype=torch.float32, device=gy.device)
     with torch.cuda.device_of(gy):
         if prefer_product(columns.numel(), gy, x):
             rows = MOST_SPLITS * _most_rows(gy, x)  # of one launch
             for number, (gy_rows, x_rows) in enumerate(zip(gy.split(rows), x.split(rows), strict=True)):
-                launch_add_splits(launch_product(gy_rows, x_rows, row_offsets, columns), grad, add=number > 0)
+                plan = launch_product(gy_rows, x_rows, row_offsets, columns, sums, bias, add=number > 0)
+            if len(gy) > rows:
+                plan = None  # more than one
         else:
-            launch_add_splits(launch_gather(gy, x, row_offsets, columns), grad)
-    return grad
+            plan = launch_gather(gy, x, row_offsets, columns, sums, bias)
+    if plan is not None:
+        _plans.note(key, plan)
+    return sums
 
 
 def prefer_product(nnz: int, gy: Tensor, x: Tensor) -> bool:
@@ -80,8 +116,10 @@ def _most_rows(gy: Tensor, x: Tensor) -> int:
     return MOST_ROWS["short" if _multiplies_16_bit(gy, x) else float32_precision(target_of(gy.device))]
 
 
-def launch_product(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor) -> Tensor:
-    """Stage 1 by tiles, for at most 64 times :data:`MOST_ROWS` rows: float32 ``[splits, nnz]``."""
+def launch_product(
+    gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor, sums: Tensor, bias: bool, add: bool
+) -> Plan | None:
+    """By tiles, for at most 64 times :data:`MOST_ROWS` rows; added to what is in ``sums`` if ``add``."""
     (M, O), C, nnz = gy.shape, x.shape[1], columns.numel()
     short, target = _multiplies_16_bit(gy, x), target_of(gy.device)
     # A wide tile reads gy, the larger side, less often. float32 tiles of that size would spill; before sm_90 all
@@ -93,73 +131,54 @@ def launch_product(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor) 
     column_blocks, row_blocks = triton.cdiv(C, block_c), triton.cdiv(O, block_o)
     rows = min(_most_rows(gy, x), rows_per_split(M, column_blocks * row_blocks, PRODUCT_PROGRAMS, block_m))
     splits = triton.cdiv(M, rows)
-    partials = torch.empty(splits, nnz, dtype=torch.float32, device=gy.device)
+    partials = sums if splits == 1 and not add else torch.empty(splits, len(sums), dtype=torch.float32, device=gy.device)
     # Column blocks first: those that read the same part of gy run at the same time.
-    _product[(column_blocks, row_blocks, splits)](
+    grid, numbers = (column_blocks + bias, row_blocks, splits), (M, O, C, nnz, *gy.stride(), *x.stride(), rows)
+    compiled = launch(
+        _product,
+        grid,
         gy,
         x,
         row_offsets,
         columns,
         partials,
-        M,
-        O,
-        C,
-        nnz,
-        *gy.stride(),
-        *x.stride(),
-        rows,
+        *numbers,
         WIDEN=not short,
         PRECISION=float32_precision(target),
         SLOTS=8 if short and nnz > 4 * O else 4,
+        BIAS=bias,
         BLOCK_M=block_m,
         BLOCK_O=block_o,
         BLOCK_C=block_c,
         num_warps=8,
         num_stages=3 if short else 2,
     )
-    return partials
+    return finish(compiled, grid, numbers, partials, sums, add)
 
 
-def launch_gather(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor) -> Tensor:
-    """Stage 1 by gathering: float32 ``[splits, nnz]``."""
+def launch_gather(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor, sums: Tensor, bias: bool) -> Plan | None:
+    """By gathering."""
     (M, O), nnz = gy.shape, columns.numel()
-    blocks = triton.cdiv(nnz, GATHER_ENTRIES)
+    blocks = triton.cdiv(len(sums), GATHER_ENTRIES)
     rows = rows_per_split(M, blocks, GATHER_PROGRAMS, GATHER_ROWS)
     splits = triton.cdiv(M, rows)
-    partials = torch.empty(splits, nnz, dtype=torch.float32, device=gy.device)
-    _gather[(blocks, splits)](
+    partials = sums if splits == 1 else torch.empty(splits, len(sums), dtype=torch.float32, device=gy.device)
+    grid, numbers = (blocks, splits, 1), (M, O, nnz, *gy.stride(), *x.stride(), rows, O.bit_length())
+    compiled = launch(
+        _gather,
+        grid,
         gy,
         x,
         row_offsets,
         columns,
         partials,
-        M,
-        O,
-        nnz,
-        *gy.stride(),
-        *x.stride(),
-        rows,
-        O.bit_length(),
+        *numbers,
+        BIAS=bias,
         BLOCK_M=GATHER_ROWS,
         BLOCK_E=GATHER_ENTRIES,
         num_warps=4,
     )
-    return partials
-
-
-def launch_add_splits(partials: Tensor, grad: Tensor, add: bool = False) -> None:
-    """Stage 2: the partial sums ``[splits, nnz]`` into ``grad``, added to what is there if ``add``."""
-    splits, nnz = partials.shape
-    _add_splits[(triton.cdiv(nnz, 64),)](
-        partials,
-        grad,
-        nnz,
-        splits,
-        ADD=add,
-        BLOCK_S=16,
-        BLOCK_E=64,
-        num_warps=4,
-    )
+    return finish(compiled, grid, numbers, partials, sums)
 
 
 def rows_per_split(M: int, tiles: int, programs: int, unit: int) -> int:
@@ -188,6 +207,7 @@ def _product(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     SLOTS: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -206,6 +226,10 @@ def _product(
     begin = tl.load(row_offsets_ptr + outputs, mask=outputs < O, other=0)
     length = tl.load(row_offsets_ptr + outputs + 1, mask=outputs < O, other=0) - begin
     longest = tl.max(length, 0)
+    results = nnz
+    if BIAS:
+        results += O
+        longest = tl.where(first_column < C, longest, 0)  # beyond the columns is a program for the bias
     # Is there anything in this tile? Few steps: in rows with many entries the first ones tell.
     found = 0
     slot = 0
@@ -218,12 +242,12 @@ def _product(
         here = (column >= first_column) & (column < first_column + BLOCK_C)  # [BO, S]
         found = tl.max(tl.max(here.to(tl.int32), 1), 0)
         slot += SLOTS
+    gy_column_ptr = gy_ptr + outputs.to(tl.int64)[:, None] * gy_stride_o
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, M)
     if found > 0:
         columns = first_column + tl.arange(0, BLOCK_C)  # [BC]
-        gy_column_ptr = gy_ptr + outputs.to(tl.int64)[:, None] * gy_stride_o
         x_column_ptr = x_ptr + columns.to(tl.int64)[None, :] * x_stride_c
-        first = split * rows_per_split
-        last = tl.minimum(first + rows_per_split, M)
         tile = tl.zeros([BLOCK_O, BLOCK_C], tl.float32)
         for start in range(first, last, BLOCK_M):
             m = start + tl.arange(0, BLOCK_M)  # [BM]
@@ -243,7 +267,17 @@ def _product(
             column = tl.load(columns_ptr + entries, mask=inside, other=-1) - first_column
             here = (column >= 0) & (column < BLOCK_C)
             value = tl.gather(tile, tl.where(here, column, 0), 1)
-            tl.store(partials_ptr + split * nnz + entries, value, mask=here)
+            tl.store(partials_ptr + split * results + entries, value, mask=here)
+    if BIAS:  # noqa: SIM102 - decided when it is compiled, unlike the next
+        if first_column >= C:
+            total = tl.zeros([BLOCK_O, BLOCK_M], tl.float32)
+            for start in range(first, last, BLOCK_M):
+                m = start + tl.arange(0, BLOCK_M)
+                gy = tl.load(
+                    gy_column_ptr + m[None, :] * gy_stride_m, mask=(outputs < O)[:, None] & (m < last)[None, :], other=0.0
+                )
+                total += to_float32(gy)
+            tl.store(partials_ptr + split * results + nnz + outputs, tl.sum(total, 1), mask=outputs < O)
 
 
 @triton.jit(do_not_specialize=["O", "nnz", "search_steps"])
@@ -262,6 +296,7 @@ def _gather(
     x_stride_c,
     rows_per_split,
     search_steps,
+    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -269,13 +304,18 @@ def _gather(
 
     Must move: ``gy`` once, or its sectors that hold entries; of ``x`` at most a sector for each entry and row, from the L2
     cache where the L1 cache does not hold it. In float32 a thread adds 32 products in turn, then a tree adds 16: at most 37
-    roundings, relative error below 2.3e-6.
+    roundings, relative error below 2.3e-6. With ``BIAS`` there is one more entry for each output, multiplied by ones.
     """
     entries = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)  # [BE]
     split = tl.program_id(1).to(tl.int64)
-    inside = entries < nnz
+    results = nnz
     rows = rows_of(row_offsets_ptr, entries, O, search_steps)
-    columns = tl.load(columns_ptr + entries, mask=inside, other=0).to(tl.int64)
+    chosen = entries < nnz
+    if BIAS:
+        results += O
+        rows = tl.where(chosen, rows, entries - nnz)
+    inside = entries < results
+    columns = tl.load(columns_ptr + entries, mask=chosen, other=0).to(tl.int64)
     gy_column_ptr = gy_ptr + rows * gy_stride_o
     x_column_ptr = x_ptr + columns * x_stride_c
     first = split * rows_per_split
@@ -287,38 +327,8 @@ def _gather(
             m = start + tl.arange(0, BLOCK_M)  # [BM]
             mask = (m < last)[:, None] & inside[None, :]
             gy = tl.load(gy_column_ptr[None, :] + m[:, None] * gy_stride_m, mask=mask, other=0.0)  # [BM, BE]
-            x = tl.load(x_column_ptr[None, :] + m[:, None] * x_stride_m, mask=mask, other=0.0)  # [BM, BE]
+            mask &= chosen[None, :]
+            x = tl.load(x_column_ptr[None, :] + m[:, None] * x_stride_m, mask=mask, other=1.0)  # [BM, BE]
             part += to_float32(gy) * to_float32(x)
         total += tl.sum(part, 0).to(tl.float64)
-    tl.store(partials_ptr + split * nnz + entries, total.to(tl.float32), mask=inside)
-
-
-@triton.jit(do_not_specialize=["nnz", "splits"])
-def _add_splits(
-    partials_ptr,
-    grad_ptr,
-    nnz,
-    splits,
-    ADD: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """Stage 2 of ``reference.sampled_grad``: ``grad[e] = sum_s partials[s, e]`` in float64, and one rounding.
-
-    Must move: the partials once.
-    """
-    entries = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)  # [BE]
-    inside = entries < nnz
-    if ADD:
-        total = tl.load(grad_ptr + entries, mask=inside, other=0.0).to(tl.float64)
-    else:
-        total = tl.zeros([BLOCK_E], tl.float64)
-    for start in range(0, splits, BLOCK_S):
-        split = start + tl.arange(0, BLOCK_S).to(tl.int64)  # [BS]
-        part = tl.load(
-            partials_ptr + split[:, None] * nnz + entries[None, :],
-            mask=(split < splits)[:, None] & inside[None, :],
-            other=0.0,
-        )  # [BS, BE]
-        total += tl.sum(part.to(tl.float64), 0)
-    tl.store(grad_ptr + entries, total.to(tl.float32), mask=inside)
+    tl.store(partials_ptr + split * results + entries, total.to(tl.float32), mask=inside)

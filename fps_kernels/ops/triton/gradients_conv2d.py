@@ -7,11 +7,15 @@ from torch import Tensor
 
 from fps_kernels.ops.records import Convolution
 from fps_kernels.ops.triton.floats import to_float32
-from fps_kernels.ops.triton.gradients import GATHER_PROGRAMS, launch_add_splits, rows_per_split
+from fps_kernels.ops.triton.gradients import GATHER_PROGRAMS, rows_per_split
+from fps_kernels.ops.triton.launching import Plans, alignment, launch
+from fps_kernels.ops.triton.splits import Plan, finish
 from fps_kernels.ops.triton.target import register_limit
 from fps_kernels.ops.triton.updates import rows_of
 
 TILE = 1024
+
+_plans = Plans()
 
 
 def sampled_grad_conv2d(
@@ -22,10 +26,18 @@ def sampled_grad_conv2d(
     convolution: Convolution,
 ) -> Tensor:
     """:func:`fps_kernels.ops.reference.sampled_grad_conv2d`. Workspace: 64 float32 numbers per entry."""
+    where = gy.data_ptr(), x.data_ptr(), row_offsets.data_ptr(), columns.data_ptr()
+    kinds = gy.shape, gy.stride(), gy.dtype, x.shape, x.stride(), x.dtype, columns.shape, convolution
+    key = kinds, alignment(where), gy.get_device()
+    plan = _plans.find(key)
+    if plan is not None:
+        found: Tensor = plan.run(gy.device, *where)
+        return found
     grad = torch.empty(columns.numel(), dtype=torch.float32, device=gy.device)
     with torch.cuda.device_of(gy):
-        partials = launch_gather_windows(gy, x, row_offsets, columns, convolution)
-        launch_add_splits(partials, grad)
+        plan = launch_gather_windows(gy, x, row_offsets, columns, convolution, grad)
+    if plan is not None:
+        _plans.note(key, plan)
     return grad
 
 
@@ -35,8 +47,9 @@ def launch_gather_windows(
     row_offsets: Tensor,
     columns: Tensor,
     convolution: Convolution,
-) -> Tensor:
-    """Stage 1: float32 ``[splits, nnz]``. What is split is the lines of the output, ``B * P`` of them."""
+    grad: Tensor,
+) -> Plan | None:
+    """Into ``grad`` ``[nnz]``. What is split is the lines of the output, ``B * P`` of them."""
     B, O, P, Q = gy.shape
     nnz = columns.numel()
     # Neighbouring lanes take neighbours in memory: channels, hence entries, or positions in a line.
@@ -47,13 +60,8 @@ def launch_gather_windows(
     blocks = triton.cdiv(nnz, block_e)
     per_split = rows_per_split(B * P, blocks, GATHER_PROGRAMS, lines)
     splits = triton.cdiv(B * P, per_split)
-    partials = torch.empty(splits, nnz, dtype=torch.float32, device=gy.device)
-    _gather_windows[(blocks, splits)](
-        gy,
-        x,
-        row_offsets,
-        columns,
-        partials,
+    partials = grad if splits == 1 else torch.empty(splits, nnz, dtype=torch.float32, device=gy.device)
+    numbers = (
         B * P,
         P,
         Q,
@@ -72,6 +80,16 @@ def launch_gather_windows(
         x.shape[1] // convolution.groups,
         per_split,
         O.bit_length(),
+    )
+    compiled = launch(
+        _gather_windows,
+        (blocks, splits),
+        gy,
+        x,
+        row_offsets,
+        columns,
+        partials,
+        *numbers,
         BY_ENTRIES=by_entries,
         LINES=lines,
         BLOCK_Q=block_q,
@@ -79,7 +97,7 @@ def launch_gather_windows(
         num_warps=4,
         **register_limit(gy.device, 128),
     )
-    return partials
+    return finish(compiled, (blocks, splits, 1), numbers, partials, grad)
 
 
 @triton.jit

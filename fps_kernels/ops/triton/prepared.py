@@ -1,6 +1,6 @@
 """``agree_values_`` and ``masked_adamw_`` with tables that stay on the device: a run uploads what changed, and launches."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import accumulate
 
 import torch
@@ -9,12 +9,14 @@ from torch import Tensor
 from fps_kernels.ops import records
 from fps_kernels.ops.records import AdamWTensors, Agreement, Gradients
 from fps_kernels.ops.triton.agreement import agreement_fields, launch_agree_values
+from fps_kernels.ops.triton.launching import Compiled
 from fps_kernels.ops.triton.tables import OwnTable, map_values
 from fps_kernels.ops.triton.updates import (
     changing_fields,
     launch_masked_adamw,
     program_blocks,
     rates_offset,
+    step_blocks,
     tensor_fields,
 )
 
@@ -30,6 +32,7 @@ class PreparedAgreement(records.PreparedAgreement):
             self._table = OwnTable(agreement_fields(agreement), device)
             self._map = OwnTable(map_values(blocks), device)
         self._first = [0, *accumulate(count for _, count in blocks)]
+        self._compiled: Compiled | None = None
 
     def run(self) -> None:
         self._launch(0, self._first[-1])
@@ -38,8 +41,12 @@ class PreparedAgreement(records.PreparedAgreement):
         self._launch(self._first[index], self._first[index + 1])
 
     def _launch(self, first: int, last: int) -> None:
-        with torch.cuda.device_of(self._held.weights[0]):
-            launch_agree_values(self._table.read(), self._map.read(), first, last - first)
+        table, map_ = self._table.read(), self._map.read()
+        if self._compiled is None:
+            with torch.cuda.device_of(table):
+                self._compiled = launch_agree_values(table, map_, first, last - first)
+        elif last > first:
+            self._compiled.launch((last - first, 1, 1), table.data_ptr(), map_.data_ptr(), first)
 
 
 class PreparedAdamW(records.PreparedAdamW):
@@ -50,8 +57,10 @@ class PreparedAdamW(records.PreparedAdamW):
         self._device = tensors.weights[0].device
         with torch.cuda.device_of(tensors.weights[0]):
             self._table = OwnTable(tensor_fields(tensors), self._device)
-            self._map = OwnTable(map_values(program_blocks(tensors.columns)), self._device)
+            self._map = OwnTable(map_values(step_blocks(tensors.columns)), self._device)
+        self._compiled: dict[Hashable, Compiled] = {}
         self._changing: OwnTable | None = None
+        self._with_rates = False
         self._numbers: tuple[object, ...] = ()
 
     def run(
@@ -67,29 +76,48 @@ class PreparedAdamW(records.PreparedAdamW):
         found_inf: Tensor | None,
         zero_grads: bool,
     ) -> None:
+        self._write_changes(grads, lrs, weight_decays, beta1, beta2, eps)
+        assert self._changing is not None
+        tables = self._table.read(), self._changing.read(), self._map.read()
+        n = len(self._held.weights)
+        rates = lrs.data_ptr() if isinstance(lrs, Tensor) else tables[1].data_ptr() + 8 * rates_offset(n)
+        scale = None if grad_scale is None else grad_scale.data_ptr()
+        skip = None if found_inf is None else found_inf.data_ptr()
+        # All that it is compiled for: the tables are aligned.
+        kind = maximize, zero_grads, rates % 16, scale and scale % 16, skip and skip % 16
+        compiled = self._compiled.get(kind)
+        if compiled is not None:
+            table, changing, map_ = tables
+            addresses = table.data_ptr(), changing.data_ptr(), map_.data_ptr(), rates, scale, skip
+            compiled.launch((map_.shape[0], 1, 1), *addresses, n)
+            return
+        if not isinstance(lrs, Tensor):
+            lrs = tables[1][rates_offset(n) :].view(torch.float64)
+        with torch.cuda.device_of(tables[0]):
+            compiled = launch_masked_adamw(*tables, lrs, maximize, grad_scale, found_inf, zero_grads)
+        if compiled is not None:
+            self._compiled[kind] = compiled
+
+    def _write_changes(
+        self,
+        grads: Gradients,
+        lrs: Tensor | Sequence[float],
+        weight_decays: Sequence[float],
+        beta1: float,
+        beta2: float,
+        eps: float,
+    ) -> None:
         rates = None if isinstance(lrs, Tensor) else list(lrs)
         numbers = (rates, list(weight_decays), beta1, beta2, eps)
+        moved = self._moved(grads)
+        if self._changing is not None and moved is None and numbers == self._numbers:
+            return
+        addresses = self._addresses if moved is None else moved
+        values = changing_fields(addresses, weight_decays, (beta1, beta2, eps), rates or ())
         with torch.cuda.device_of(self._held.weights[0]):
-            moved = self._moved(grads)
-            if self._changing is None or moved is not None or numbers != self._numbers:
-                addresses = self._addresses if moved is None else moved
-                values = changing_fields(addresses, weight_decays, (beta1, beta2, eps), rates or ())
-                if self._changing is None:
-                    self._changing = OwnTable(values, self._device)
-                else:
-                    self._changing.write(values)
-                self._addresses, self._numbers = addresses, numbers
-            changing = self._changing.read()
-            if not isinstance(lrs, Tensor):
-                lrs = changing[rates_offset(len(lrs)) :].view(torch.float64)
-            launch_masked_adamw(
-                self._table.read(),
-                changing,
-                self._map.read(),
-                lrs,
-                self._held.steps,
-                maximize,
-                grad_scale,
-                found_inf,
-                zero_grads,
-            )
+            if self._changing is None or self._with_rates != (rates is not None):
+                self._changing = OwnTable(values, self._device)
+                self._with_rates = rates is not None
+            else:
+                self._changing.write(values)
+        self._addresses, self._numbers = addresses, numbers

@@ -2,9 +2,13 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
+
+Values: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
 MOST_TABLES = 16
 NEEDS_WARM_UP = (
@@ -73,38 +77,40 @@ class OwnTable:
     A CUDA graph may capture its use, and keeps it then: what is written later goes into another tensor.
     """
 
-    def __init__(self, values: Sequence[int], device: torch.device) -> None:
+    def __init__(self, values: Sequence[int] | Values, device: torch.device) -> None:
         self._device = device
         self._kept = True  # by a graph, or by nobody yet: the next write makes a tensor
-        self.write(values)
+        self.write(np.asarray(values, dtype=np.int64))
 
-    def write(self, values: Sequence[int]) -> None:
+    def write(self, values: Values) -> None:
         """As many values as before. The current device must be that of the table.
 
         Raises:
             RuntimeError: a CUDA graph is being captured.
         """
         if self._device.type != "cuda":
-            self._tensor = torch.tensor(values, dtype=torch.int64, device=self._device)
+            self._tensor = torch.from_numpy(values)
             return
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(NEEDS_WARM_UP)
-        staged = torch.tensor(values, dtype=torch.int64, pin_memory=True)  # torch waits for the copy before it reuses this
+        staged = torch.from_numpy(values).pin_memory()  # torch waits for the copy from there before it reuses this memory
         if self._kept:
             self._tensor, self._kept = staged.to(self._device, non_blocking=True), False
         else:
             self._tensor.copy_(staged, non_blocking=True)
-        self._stream = torch.cuda.current_stream(self._device)
-        self._copied = self._stream.record_event()
+        stream = torch.cuda.current_stream(self._device)
+        self._stream, self._copied = stream.cuda_stream, stream.record_event()
 
     def read(self) -> Tensor:
         """The table, for a launch on the current stream."""
-        if self._device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():  # the capture began with a synchronisation, so the copy is done
+        device = self._device
+        if device.type == "cuda":
+            if torch._C._cuda_isCurrentStreamCapturing():  # the capture began with a synchronisation: the copy is done
                 if not self._kept:
                     _owned_by_graphs.append(self._tensor)
                 self._kept = True
-            elif (stream := torch.cuda.current_stream(self._device)) != self._stream:
+            elif torch._C._cuda_getCurrentRawStream(device.index) != self._stream:
+                stream = torch.cuda.current_stream(device)
                 stream.wait_event(self._copied)
                 self._tensor.record_stream(stream)
         return self._tensor

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from fps_kernels.ops.records import AdamWStep, AdamWTensors
 from fps_kernels.ops.triton.floats import bfloat16_bits, to_float32
-from fps_kernels.ops.triton.tables import block_map, device_table
+from fps_kernels.ops.triton.launching import Compiled, launch
+from fps_kernels.ops.triton.tables import Values, block_map, device_table
 
 BLOCK = 512  # four entries per thread: the gathers wait for memory, so many warps matter more than wide loads
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FIELDS = tl.constexpr(17)
+FIELDS = tl.constexpr(18)
 
 
 def masked_adamw_(step: AdamWStep) -> None:
@@ -32,11 +33,12 @@ def masked_adamw_(step: AdamWStep) -> None:
     lrs = step.lrs
     numbers = (step.beta1, step.beta2, step.eps)
     with torch.cuda.device_of(lrs):
-        map_ = block_map(program_blocks(step.columns), lrs.device)
+        map_ = block_map(step_blocks(step.columns), lrs.device)
         tensors = device_table(tensor_fields(step.tensors), lrs.device)
         addresses = [grad.data_ptr() for grad in step.grads]
-        changing = device_table(changing_fields(addresses, step.weight_decays, numbers), lrs.device)
-        launch_masked_adamw(tensors, changing, map_, lrs, step.steps, step.maximize, *step.options[6:])
+        values = changing_fields(addresses, step.weight_decays, numbers)
+        changing = device_table(tuple(values.tolist()), lrs.device)
+        launch_masked_adamw(tensors, changing, map_, lrs, step.maximize, *step.options[6:])
 
 
 def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor) -> None:
@@ -50,31 +52,26 @@ def launch_masked_adamw(
     changing: Tensor,
     map_: Tensor,
     lrs: Tensor,
-    steps: list[Tensor],
     maximize: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     zero_grads: bool,
-) -> None:
-    if found_inf is None:
-        torch._foreach_add_(steps, 1.0)
-    else:
-        clean = (found_inf == 0).to(torch.float32).reshape(())
-        torch._foreach_add_(steps, [clean] * len(steps))  # as a list: never read by the host
-    if map_.numel():
-        _masked_adamw[(map_.numel(),)](
-            tensors,
-            changing,
-            map_,
-            lrs,
-            grad_scale,
-            found_inf,
-            len(steps),
-            MAXIMIZE=maximize,
-            ZERO_GRADS=zero_grads,
-            BLOCK=BLOCK,
-            num_warps=4,
-        )
+) -> Compiled | None:
+    return launch(
+        _masked_adamw,
+        (map_.numel(),),
+        tensors,
+        changing,
+        map_,
+        lrs,
+        grad_scale,
+        found_inf,
+        lrs.numel(),
+        MAXIMIZE=maximize,
+        ZERO_GRADS=zero_grads,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
 
 
 def launch_scatter_values(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor) -> None:
@@ -98,6 +95,11 @@ def program_blocks(columns: list[Tensor]) -> tuple[tuple[int, int], ...]:
     return tuple((i, triton.cdiv(c.numel(), BLOCK)) for i, c in enumerate(columns))
 
 
+def step_blocks(columns: list[Tensor]) -> tuple[tuple[int, int], ...]:
+    """:func:`program_blocks` of a step, which one program counts where there is nothing else to do."""
+    return tuple((i, max(1, count)) for i, count in program_blocks(columns))
+
+
 def entry_fields(W: Tensor, row_offsets: Tensor, columns: Tensor) -> tuple[int, ...]:
     """What every kernel here must know of the selected entries of one weight: the first of its fields."""
     csr = row_offsets.data_ptr(), columns.data_ptr(), W.shape[0], columns.numel()
@@ -105,7 +107,7 @@ def entry_fields(W: Tensor, row_offsets: Tensor, columns: Tensor) -> tuple[int, 
 
 
 def tensor_fields(tensors: AdamWTensors) -> tuple[int, ...]:
-    """What stays from step to step: ``FIELDS`` numbers for each weight."""
+    """What stays from step to step: ``FIELDS`` numbers for each weight. The last is the device's, which counts with it."""
     table: list[int] = []
     for W, grad, row_offsets, columns, master, exp_avg, exp_avg_sq, count in zip(*tensors, strict=True):
         compact = grad.dim() == 1
@@ -118,21 +120,29 @@ def tensor_fields(tensors: AdamWTensors) -> tuple[int, ...]:
             *((0, 0) if compact else grad.stride()),
             int(compact),
             DTYPE_CODES[grad.dtype],
+            0,
         )
     return tuple(table)
 
 
 def changing_fields(
     grads: list[int], weight_decays: Sequence[float], numbers: tuple[float, float, float], lrs: Sequence[float] = ()
-) -> tuple[int, ...]:
+) -> Values:
     """What may differ from step to step: addresses of gradients, decays, and beta1, beta2, their logarithms and eps; from
     :func:`rates_offset` on the learning rates, where they are not a tensor.
 
     Compile-time or float32 arguments would cost a compilation or precision: float64 travels as its bits.
     """
     beta1, beta2, eps = numbers
-    floats = np.array((*weight_decays, beta1, beta2, _log(beta1), _log(beta2), eps, 0.0, *lrs), dtype=np.float64)
-    return (*grads, *floats.view(np.int64).tolist())
+    n = len(grads)
+    values = np.empty(3 * n + 6 if lrs else 2 * n + 5, dtype=np.int64)
+    values[:n] = grads
+    floats = values[n:].view(np.float64)
+    floats[:n] = weight_decays
+    floats[n : n + 5] = beta1, beta2, _log(beta1), _log(beta2), eps
+    if lrs:
+        floats[n + 5], floats[n + 6 :] = 0.0, lrs
+    return values
 
 
 def rates_offset(n: int) -> int:
@@ -214,7 +224,10 @@ def _masked_adamw(
     master_address = tl.load(fields + 9)
     exp_avg_ptr = tl.load(fields + 10).to(tl.pointer_type(tl.float32))
     exp_avg_sq_ptr = tl.load(fields + 11).to(tl.pointer_type(tl.float32))
-    step = tl.load(tl.load(fields + 12).to(tl.pointer_type(tl.float32))).to(tl.float64)
+    count_ptr = tl.load(fields + 12).to(tl.pointer_type(tl.float32))
+    before = tl.load(count_ptr)
+    count = before + 1.0
+    step = count.to(tl.float64)
     grad_address = tl.load(changing_ptr + tensor)
     weight_decay = _float64(changing_ptr + tensors + tensor)
     constants = changing_ptr + tensors.to(tl.int64) * 2
@@ -235,9 +248,12 @@ def _masked_adamw(
 
     entries = (block & 0xFFFFFFFF) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
     nnz = tl.load(fields + 4)
+    programs = tl.maximum((nnz + BLOCK - 1) // BLOCK, 1)
     exists = entries < nnz
     if found_inf_ptr is not None:
-        nnz = tl.where(tl.load(found_inf_ptr) == 0, nnz, 0)  # a skipped step has no entries but to zero
+        taken = tl.load(found_inf_ptr) == 0
+        nnz = tl.where(taken, nnz, 0)  # a skipped step has no entries but to zero
+        count = tl.where(taken, count, before)
     inside = entries < nnz
     rows = rows_of(row_offsets_ptr, entries, tl.load(fields + 3), tl.load(fields + 8))
     columns = tl.load(columns_ptr + entries, mask=exists, other=0).to(tl.int64)
@@ -271,6 +287,12 @@ def _masked_adamw(
     if master_address != 0:
         tl.store(master_address.to(tl.pointer_type(tl.float32)) + entries, value, mask=inside)
     store_any(tl.load(fields), positions, value, tl.load(fields + 7), inside)
+
+    # The last of the tensor's programs writes the count: by then all have read it, each in all its threads.
+    tl.debug_barrier()
+    if tl.atomic_add(fields + 17, 1) == programs - 1:
+        tl.store(fields + 17, 0)
+        tl.store(count_ptr, count)
 
 
 @triton.jit(do_not_specialize=["O", "nnz", "search_steps"])
