@@ -14,11 +14,11 @@ namespace {
 
 using namespace fps;
 
-constexpr int ABI = 4; // native.py refuses a library left over from another version
+constexpr int ABI = 5; // native.py refuses a library left over from another version
 
 #define FPS_TABLE(isa)                                                                                                      \
-    {isa::column_norm,  isa::column_norm_conv2d, isa::score_topk,   isa::score_kth,   isa::score_select,                    \
-     isa::sampled_grad, isa::scatter_values,     isa::masked_adamw, isa::agree_values}
+    {isa::column_norm,  isa::column_norm_conv2d, isa::score_topk,     isa::score_kth,    isa::score_select,                 \
+     isa::sampled_grad, isa::linear_gradients,   isa::scatter_values, isa::masked_adamw, isa::agree_values}
 
 #ifdef FPS_X86
 const Kernels TABLES[] = {FPS_TABLE(base), FPS_TABLE(avx2), FPS_TABLE(avx512)};
@@ -91,6 +91,9 @@ FPS_API int fps_sampled_grad(const Images* gy, const Images* x, const Convolutio
                              const int32_t* columns, float* grad, int threads) {
     return kernels().sampled_grad(*gy, *x, *conv, row_offsets, columns, grad, threads);
 }
+
+// One pointer to everything: the call costs less than a list of arguments.
+FPS_API int fps_linear_gradients(const LinearGradients* of, int threads) { return kernels().linear_gradients(*of, threads); }
 
 FPS_API int fps_scatter_values(const Entries* entries, const void* values, int64_t values_dtype, int threads) {
     return kernels().scatter_values(*entries, values, values_dtype, threads);

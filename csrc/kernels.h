@@ -37,6 +37,27 @@ struct Convolution { // index 0 is vertical, 1 horizontal
     int64_t groups;
 };
 
+enum Operation : int64_t { ITSELF = 0, GELU = 1, GELU_TANH = 2, LAYER_NORM = 3 };
+
+struct Recomputed { // how the input of a linear map is made of the numbers that are given in its place
+    int64_t operation;
+    const float *mean, *scale; // [rows], of a LAYER_NORM
+    const float *gamma, *beta; // [inputs], or null
+};
+
+struct LinearGradients { // of y = x W^T + b: of the chosen entries of W and, where it is asked for, of b
+    const void* gy;      // [rows, outputs]
+    int64_t gy_row_stride, gy_col_stride, gy_dtype;
+    const void* x; // [rows, inputs]
+    int64_t x_row_stride, x_col_stride, x_dtype;
+    int64_t rows, outputs, inputs;
+    const int32_t* row_offsets; // [outputs + 1]
+    const int32_t* columns;     // [nnz]
+    float* grad;                // [nnz]
+    float* bias;                // [outputs], or null
+    Recomputed recomputed;
+};
+
 struct Entries { // the selected ones of a weight [rows, cols]
     void* weight;
     int64_t row_stride, col_stride, dtype;
@@ -53,6 +74,7 @@ struct Update { // one tensor of masked_adamw
     float* exp_avg;
     float* exp_avg_sq;
     float* step;
+    float* agreed; // [nnz] as for agree_values, which is done before, and `master` noted here; or null
 };
 
 struct Agreement { // one tensor of agree_values
@@ -80,6 +102,7 @@ typedef int ScoreSelect(const Matrix& w, float threshold, int64_t ties, int64_t 
                         int threads);
 typedef int SampledGrad(const Images& gy, const Images& x, const Convolution& conv, const int32_t* row_offsets,
                         const int32_t* columns, float* grad, int threads);
+typedef int LinearGradientsOf(const LinearGradients& of, int threads);
 typedef int ScatterValues(const Entries& entries, const void* values, int64_t values_dtype, int threads);
 typedef int MaskedAdamW(const Update* updates, int64_t n, const AdamW& how, int threads);
 typedef int AgreeValues(const Agreement* agreements, int64_t n, int threads);
@@ -91,6 +114,7 @@ struct Kernels {
     ScoreKth* score_kth;
     ScoreSelect* score_select;
     SampledGrad* sampled_grad;
+    LinearGradientsOf* linear_gradients;
     ScatterValues* scatter_values;
     MaskedAdamW* masked_adamw;
     AgreeValues* agree_values;
@@ -104,6 +128,7 @@ struct Kernels {
     ScoreKth score_kth;                                                                                                     \
     ScoreSelect score_select;                                                                                               \
     SampledGrad sampled_grad;                                                                                               \
+    LinearGradientsOf linear_gradients;                                                                                     \
     ScatterValues scatter_values;                                                                                           \
     MaskedAdamW masked_adamw;                                                                                               \
     AgreeValues agree_values;                                                                                               \

@@ -54,7 +54,7 @@ class FakeDriver:
 
     def __post_init__(self) -> None:
         self.utils = SimpleNamespace(
-            load_binary=lambda name, binary, shared, device: (object(), _FUNCTION, 32, 0, 1024),
+            load_binary=lambda name, binary, shared, device: (None, _FUNCTION, 32, 0, 1024),
             unload_module=lambda module: None,
             get_device_properties=lambda device: {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132},
         )

@@ -90,6 +90,16 @@ template <class TG> void zero_chunk(const Update& u, int64_t begin, int64_t end)
     }
 }
 
+// A weight that was changed since both sides agreed counts, unless the value was as well.
+template <class TW> void settle(const TW* weight, const int64_t* places, int64_t n, const float* agreed, float* value) {
+    for (int64_t i = 0; i < n; ++i) {
+        TW rounded;
+        round_to(agreed[i], &rounded);
+        const TW& held = weight[places[i]];
+        if (to_bits(value[i]) == to_bits(agreed[i]) && memcmp(&rounded, &held, sizeof(TW)) != 0) value[i] = to_float(held);
+    }
+}
+
 template <class TW, class TG> void update_chunk(const Update& u, const Scalars& s, int64_t begin, int64_t end) {
     TW* weight = (TW*)u.entries.weight;
     TG* from = (TG*)u.grad;
@@ -113,11 +123,13 @@ template <class TW, class TG> void update_chunk(const Update& u, const Scalars& 
         float* value = u.master ? u.master + at : local;
         if (!u.master)
             for (int64_t i = 0; i < n; ++i) local[i] = to_float(weight[here.weight[i]]);
+        if (u.agreed) settle(weight, here.weight, n, u.agreed + at, value);
         if (s.one_minus_beta1 < 0.5f) // torch.lerp chooses the end that it starts from in the same way
             adamw<false>(s, n, grad, value, u.exp_avg + at, u.exp_avg_sq + at);
         else
             adamw<true>(s, n, grad, value, u.exp_avg + at, u.exp_avg_sq + at);
         for (int64_t i = 0; i < n; ++i) round_to(value[i], weight + here.weight[i]);
+        if (u.agreed) memcpy(u.agreed + at, value, (size_t)n * sizeof(float));
     }
 }
 

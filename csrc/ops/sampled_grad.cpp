@@ -16,6 +16,7 @@
 // MAX_ADDED slices. Where groups are cut into parts, each thread has planes, of at least PART_CHANNELS channels, of its own.
 #include "parts/dots.h"
 #include "parts/planes.h"
+#include "parts/recomputed.h"
 
 namespace {
 
@@ -164,8 +165,8 @@ void multiply_tile(const Images& gy, const Slice& slice, const Selection& w, con
 // ---------------------------------------------------------------------------------------------- all slices
 
 template <class TG, class TX>
-int sampled_grad_of(const Images& gy, const Images& x, const Convolution& conv, const Selection& w, float* grad,
-                    int threads) {
+int sampled_grad_of(const Images& gy, const Images& x, const Convolution& conv, const Selection& w, const Recomputed& how,
+                    float* grad, int threads, bool inside = false) {
     const int64_t kernel = conv.kernel[0] * conv.kernel[1], nnz = w.nnz();
     Scratch<int64_t> of_column(x.channels * kernel), of_channel(x.channels), blocks(x.channels);
     if (!of_column || !of_channel || !blocks) return fps::OUT_OF_MEMORY;
@@ -198,8 +199,7 @@ int sampled_grad_of(const Images& gy, const Images& x, const Convolution& conv, 
     if (exact) memset(lost.data(), 0, (size_t)nnz * sizeof(float));
     int failed = 0;
 
-#pragma omp parallel if (parallel)
-    {
+    const auto work = [&] {
         Aligned tile(TILE_COLS * rows * padded(slices.cols)), unused(padded(layout.across.extent));
         Scratch<Run> runs(layout.across.phases);
         const bool ready = tile && unused && runs;
@@ -214,9 +214,14 @@ int sampled_grad_of(const Images& gy, const Images& x, const Convolution& conv, 
             for (int64_t item = 0; item < (end - begin) * n_blocks; ++item) {
                 const int64_t slot = item / n_blocks, at_block = item % n_blocks, first = blocks.data[at_block] * block;
                 const int64_t next = blocks.data[least(at_block + SOON, n_blocks - 1)] * block;
-                if (ready)
-                    lay_planes<TX>(x, layout, slices.slice(begin + slot), places, first, least(block, x.channels - first),
-                                   next, planes.data() + slot * size, unused.data(), runs.data);
+                if (!ready) continue;
+                const Slice slice = slices.slice(begin + slot);
+                const int64_t channels = least(block, x.channels - first);
+                float* const to = planes.data() + slot * size;
+                lay_planes<TX>(x, layout, slice, places, first, channels, next, to, unused.data(), runs.data);
+                for (int64_t c = first; how.operation != fps::ITSELF && c < first + channels; ++c)
+                    if (places.of_channel[c] >= 0)
+                        recompute(how, c, slice.col, slice.cols, to + places.of_channel[c] * layout.pitch);
             }
 #pragma omp for schedule(dynamic)
             for (int64_t item = 0; item < ceil_div(w.outputs, share); ++item) {
@@ -237,6 +242,14 @@ int sampled_grad_of(const Images& gy, const Images& x, const Convolution& conv, 
                 }
             }
         }
+    };
+    // A region of one thread costs as much as a small layer's gradients. Inside of another one there has to be one, to which
+    // the loops belong.
+    if (parallel || inside) {
+#pragma omp parallel if (parallel)
+        work();
+    } else {
+        work();
     }
     return failed ? fps::OUT_OF_MEMORY : fps::OK;
 }
@@ -246,7 +259,8 @@ int sampled_grad_of(const Images& gy, const Images& x, const Convolution& conv, 
 template <class TG, class TX>
 int sampled_grad_in_parts(const Images& gy, const Images& x, const Convolution& conv, const Selection& w, float* grad,
                           int threads) {
-    if (w.groups == 1 || w.channels > PART_CHANNELS) return sampled_grad_of<TG, TX>(gy, x, conv, w, grad, threads);
+    const Recomputed itself = {};
+    if (w.groups == 1 || w.channels > PART_CHANNELS) return sampled_grad_of<TG, TX>(gy, x, conv, w, itself, grad, threads);
     const int64_t part = ceil_div(PART_CHANNELS, w.channels), parts = ceil_div(w.groups, part),
                   outputs = w.outputs / w.groups;
     int failed = 0;
@@ -259,12 +273,60 @@ int sampled_grad_in_parts(const Images& gy, const Images& x, const Convolution& 
         part_x.data = (const TX*)x.data + first * w.channels * x.channel_stride;
         part_x.channels = groups * w.channels;
         const Selection part_w = {w.row_offsets + first * outputs, w.columns, part_gy.channels, groups, w.channels};
-        if (part_w.nnz() && sampled_grad_of<TG, TX>(part_gy, part_x, conv, part_w, grad, 1) != fps::OK) {
+        if (part_w.nnz() && sampled_grad_of<TG, TX>(part_gy, part_x, conv, part_w, itself, grad, 1, true) != fps::OK) {
 #pragma omp atomic write
             failed = 1;
         }
     }
     return failed ? fps::OUT_OF_MEMORY : fps::OK;
+}
+
+// ---------------------------------------------------------------------------------------------- linear maps
+
+constexpr int64_t FEW_ROWS = 16;
+constexpr int64_t SUMMED = 128; // rows that are added before their sum is: rounding grows with the longer of both
+
+// Without any scratch: of so few rows nothing is worth preparing.
+template <class TG, class TX> void few_rows(const LinearGradients& of) {
+    const TG* gy = (const TG*)of.gy;
+    const TX* x = (const TX*)of.x;
+    for (int64_t o = 0; o < of.outputs; ++o, gy += of.gy_col_stride)
+        for (int32_t e = of.row_offsets[o]; e < of.row_offsets[o + 1]; ++e) {
+            const TX* column = x + of.columns[e] * of.x_col_stride;
+            float sum = 0;
+            for (int64_t m = 0; m < of.rows; ++m)
+                sum += to_float(gy[m * of.gy_row_stride]) * to_float(column[m * of.x_row_stride]);
+            of.grad[e] = sum;
+        }
+}
+
+template <class TG> int sum_rows_of(const LinearGradients& of) {
+    Scratch<float> part(of.outputs);
+    if (!part) return fps::OUT_OF_MEMORY;
+    memset(of.bias, 0, (size_t)of.outputs * sizeof(float));
+    for (int64_t begin = 0; begin < of.rows; begin += SUMMED) {
+        memset(part.data, 0, (size_t)of.outputs * sizeof(float));
+        for (int64_t m = begin; m < least(begin + SUMMED, of.rows); ++m) {
+            const TG* row = (const TG*)of.gy + m * of.gy_row_stride;
+            for (int64_t o = 0; o < of.outputs; ++o) part.data[o] += to_float(row[o * of.gy_col_stride]);
+        }
+        for (int64_t o = 0; o < of.outputs; ++o) of.bias[o] += part.data[o];
+    }
+    return fps::OK;
+}
+
+template <class TG, class TX> int linear_gradients_of(const LinearGradients& of, int threads) {
+    if (of.bias && sum_rows_of<TG>(of) != fps::OK) return fps::OUT_OF_MEMORY;
+    if (of.rows <= FEW_ROWS && of.recomputed.operation == fps::ITSELF) {
+        few_rows<TG, TX>(of);
+        return fps::OK;
+    }
+    // A 1x1 convolution of one image, one row high, whose channels are the columns.
+    const Images gy = {of.gy, 1, of.outputs, 1, of.rows, 0, of.gy_col_stride, 0, of.gy_row_stride, of.gy_dtype};
+    const Images x = {of.x, 1, of.inputs, 1, of.rows, 0, of.x_col_stride, 0, of.x_row_stride, of.x_dtype};
+    const Convolution conv = {{1, 1}, {1, 1}, {1, 1}, 0, 0, {1, of.rows}, 1};
+    const Selection w = {of.row_offsets, of.columns, of.outputs, 1, of.inputs};
+    return sampled_grad_of<TG, TX>(gy, x, conv, w, of.recomputed, of.grad, threads);
 }
 
 } // namespace
@@ -279,5 +341,12 @@ int fps::FPS_ISA::sampled_grad(const Images& gy, const Images& x, const Convolut
         return with_dtype(x.dtype, [&](auto input) {
             return sampled_grad_in_parts<decltype(output), decltype(input)>(flat_gy, flat_x, flat, w, grad, threads);
         });
+    });
+}
+
+int fps::FPS_ISA::linear_gradients(const LinearGradients& of, int threads) {
+    return with_dtype(of.gy_dtype, [&](auto output) {
+        return with_dtype(of.x_dtype,
+                          [&](auto input) { return linear_gradients_of<decltype(output), decltype(input)>(of, threads); });
     });
 }

@@ -8,28 +8,45 @@ per family, so that a backend receives only arguments it may trust. Shapes: ``W`
 """
 
 from fps_kernels.ops._checks import FLOAT_DTYPES, MAX_NNZ, ORDS
-from fps_kernels.ops._dispatch import BackendUnavailableError, backend_for, interpreted, use_backend
+from fps_kernels.ops._dispatch import BackendUnavailableError, backend_for, implementation, interpreted, use_backend
 from fps_kernels.ops.gradients import sampled_grad, sampled_grad_conv2d
+from fps_kernels.ops.normalisation import normalised
 from fps_kernels.ops.norms import column_norm_, column_norm_conv2d_
 from fps_kernels.ops.prepared import prepared_adamw, prepared_agreement
-from fps_kernels.ops.records import Convolution, PreparedAdamW, PreparedAgreement
+from fps_kernels.ops.records import (
+    GELU,
+    GELU_TANH,
+    LAYER_NORM,
+    Convolution,
+    Csr,
+    PreparedAdamW,
+    PreparedAgreement,
+    Recomputed,
+)
 from fps_kernels.ops.scores import score_kth, score_select, score_topk
 from fps_kernels.ops.updates import agree_values_, masked_adamw_, scatter_values_
 
 __all__ = [
     "FLOAT_DTYPES",
+    "GELU",
+    "GELU_TANH",
+    "LAYER_NORM",
     "MAX_NNZ",
     "ORDS",
     "BackendUnavailableError",
     "Convolution",
+    "Csr",
     "PreparedAdamW",
     "PreparedAgreement",
+    "Recomputed",
     "agree_values_",
     "backend_for",
     "column_norm_",
     "column_norm_conv2d_",
+    "implementation",
     "interpreted",
     "masked_adamw_",
+    "normalised",
     "prepared_adamw",
     "prepared_agreement",
     "sampled_grad",

@@ -146,7 +146,8 @@ def check_state(name: str, state: Tensor, device: torch.device) -> None:
 def check_adamw_tensors(tensors: AdamWTensors, zero_grads: bool) -> None:
     """Of ``masked_adamw_``, whose lists have equal lengths."""
     device = tensors.weights[0].device
-    for i, (W, grad, row_offsets, columns, master, exp_avg, exp_avg_sq, step) in enumerate(zip(*tensors, strict=True)):
+    for i, (W, grad, row_offsets, columns, master, *state, step, agreed) in enumerate(zip(*tensors, strict=True)):
+        exp_avg, exp_avg_sq = state
         check_device(f"weights[{i}]", W, device)
         check_selection(W, row_offsets, columns, f"[{i}]")
         nnz = columns.numel()
@@ -163,6 +164,9 @@ def check_adamw_tensors(tensors: AdamWTensors, zero_grads: bool) -> None:
             check_state(f"{name}[{i}]", state, device)
         check_shape(f"exp_avgs[{i}]", exp_avg, (nnz,))
         check_shape(f"exp_avg_sqs[{i}]", exp_avg_sq, (nnz,))
+        if agreed.numel():
+            check_shape(f"agreed[{i}]", agreed, (nnz,))
+            check_state(f"agreed[{i}]", agreed, device)
         check_dtype(f"steps[{i}]", step, torch.float32)
         check_device(f"steps[{i}]", step, device)
         check_shape(f"steps[{i}]", step, ())

@@ -128,9 +128,19 @@ def backend_for(op: str, device: torch.device | str) -> str:
         >>> fps.backend_for("score_topk", "cpu")
         'native'
     """
+    known = _found.get((op, device, _override))
+    if known is not None:
+        return known
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
-    device = torch.device(device)
+    found = _found[op, device, _override] = _backend_for(op, torch.device(device))
+    return found
+
+
+_found: dict[tuple[str, torch.device | str, str | None], str] = {}  # what was answered does not change in a process
+
+
+def _backend_for(op: str, device: torch.device) -> str:
     chosen = _override or _environment_override()
     if chosen is not None:
         reason = _why_unavailable(chosen, device)
@@ -159,4 +169,10 @@ def _load(name: str) -> ModuleType:
 
 def implementation(op: str, device: torch.device) -> ModuleType:
     """The module whose function ``op`` serves tensors on ``device``."""
-    return _load(backend_for(op, device))
+    found = _modules.get((op, device, _override))
+    if found is None:
+        found = _modules[op, device, _override] = _load(backend_for(op, device))
+    return found
+
+
+_modules: dict[tuple[str, torch.device, str | None], ModuleType] = {}

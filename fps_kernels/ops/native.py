@@ -4,6 +4,9 @@ The library itself is :mod:`.native_library`'s business; what writes to weights 
 """
 
 import ctypes
+import struct
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +29,7 @@ from fps_kernels.ops.native_updates import (
     masked_adamw_,
     scatter_values_,
 )
-from fps_kernels.ops.records import Convolution
+from fps_kernels.ops.records import Convolution, Csr, Recomputed
 
 __all__ = [
     "ISAS",
@@ -36,6 +39,7 @@ __all__ = [
     "column_norm_",
     "column_norm_conv2d_",
     "isa",
+    "linear_gradients",
     "masked_adamw_",
     "sampled_grad",
     "sampled_grad_conv2d",
@@ -49,6 +53,10 @@ __all__ = [
 ]
 
 _POINTWISE = Convolution((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
+_FEW = 1 << 16  # numbers of which the kernel adds up the bias's gradient: of more, torch does with all threads
+_AS_IT_IS = (0, 0, 0, 0, 0)  # `Recomputed` in csrc/kernels.h
+_pack_linear_gradients = struct.Struct("20q").pack  # `LinearGradients` in csrc/kernels.h
+RECOMPUTES = True  # inputs of linear_gradients
 _ORDS = {1.0: 1, 2.0: 2, float("inf"): 3}
 
 
@@ -140,6 +148,64 @@ def sampled_grad(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor) ->
     """:func:`.reference.sampled_grad`: a 1x1 convolution of one image, one row high, whose channels are the columns."""
     image_gy, image_x = (one.t()[None, :, None] for one in (gy, x))
     return sampled_grad_conv2d(image_gy, image_x, row_offsets, columns, _POINTWISE)
+
+
+def linear_gradients(
+    gy: Tensor, x: Tensor, csr: Csr, wants_bias: bool, how: Recomputed | None
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`.reference.linear_gradients` in one call. What is computed again never is in memory as a whole."""
+    outputs, inputs = gy.shape[-1], x.shape[-1]
+    gy_strides: tuple[int, ...] = (outputs, 1)
+    x_strides: tuple[int, ...] = (inputs, 1)
+    if not gy.is_contiguous():
+        gy = gy.reshape(-1, outputs)
+        gy_strides = gy.stride()
+    if not x.is_contiguous():
+        x = x.reshape(-1, inputs)
+        x_strides = x.stride()
+    numbers, nnz = gy.numel(), csr.nnz
+    if not numbers or not nnz:
+        return torch.zeros(nnz), gy.reshape(-1, outputs).sum(0) if wants_bias else None
+    grad, bias, sums, recomputed = torch.empty(nnz), None, 0, _AS_IT_IS
+    if wants_bias:
+        if numbers <= _FEW and gy.dtype is torch.float32:
+            bias = torch.empty(outputs)
+            sums = bias.data_ptr()
+        else:
+            bias = gy.reshape(-1, outputs).sum(0)
+    if how is not None:
+        operation, mean, scale, gamma, beta = how
+        recomputed = (
+            operation,
+            0 if mean is None else mean.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            0 if gamma is None else gamma.data_ptr(),
+            0 if beta is None else beta.data_ptr(),
+        )
+    # A table of this call only: ctypes lets other threads run, which may be at the same layer.
+    fields = _pack_linear_gradients(
+        gy.data_ptr(),
+        *gy_strides,
+        DTYPES[gy.dtype],
+        x.data_ptr(),
+        *x_strides,
+        DTYPES[x.dtype],
+        numbers // outputs,
+        outputs,
+        inputs,
+        *csr.addresses,
+        grad.data_ptr(),
+        sums,
+        *recomputed,
+    )
+    if status := _linear_gradients()(fields, torch.get_num_threads()):
+        check(status)
+    return grad, bias
+
+
+@cache
+def _linear_gradients() -> Any:
+    return library().fps_linear_gradients
 
 
 def sampled_grad_conv2d(

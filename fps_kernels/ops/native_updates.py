@@ -72,7 +72,9 @@ class PreparedAdamW(records.PreparedAdamW):
             compact = grad.dim() == 1
             gradient = grad.data_ptr(), *((0, 0) if compact else grad.stride()), DTYPES[grad.dtype], int(compact)
             held = master.data_ptr() if master.numel() else 0
-            rows.append((*_entries(W, row_offsets, columns), *gradient, held, *(s.data_ptr() for s in state)))
+            *moments, agreed = state
+            noted = agreed.data_ptr() if agreed.numel() else 0
+            rows.append((*_entries(W, row_offsets, columns), *gradient, held, *(s.data_ptr() for s in moments), noted))
         n = len(rows)
         self._table = np.array(rows, dtype=np.int64)
         self._grads = self._table[:, _GRAD]

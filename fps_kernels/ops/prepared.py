@@ -48,11 +48,14 @@ def prepared_adamw(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
+    agreed: Sequence[Tensor] | None = None,
 ) -> PreparedAdamW:
     """:func:`.masked_adamw_` of these tensors, which are checked now; ``.run(grads, ...)`` takes what differs between steps.
 
     Gradients come and go: the ones given here are examples of their dtypes, shapes and strides, and are not kept. A CUDA
-    graph may capture a run whose gradients and numbers are those of the run before.
+    graph may capture a run whose gradients and numbers are those of the run before. Where ``agreed`` has an item that is not
+    empty, float32 ``[nnz]``, the step begins with :func:`.agree_values_` and notes there what it ends with. A step that is
+    skipped may leave that for later.
 
     Raises:
         TypeError: as the op.
@@ -69,7 +72,10 @@ def prepared_adamw(
         steps=steps,
     )
     _check_any(weights)
-    lists = (weights, grads, row_offsets, columns, masters, exp_avgs, exp_avg_sqs, steps)
+    if agreed is None:
+        agreed = [torch.empty(0, device=weights[0].device)] * len(weights)
+    check_lengths(weights, agreed=agreed)
+    lists = (weights, grads, row_offsets, columns, masters, exp_avgs, exp_avg_sqs, steps, agreed)
     tensors = AdamWTensors(*map(_memory, lists))
     check_adamw_tensors(tensors, zero_grads=True)
     prepared: PreparedAdamW = implementation("masked_adamw_", weights[0].device).PreparedAdamW(tensors)

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
+import torch
 from torch import Tensor
 
 Gradients: TypeAlias = Sequence[Tensor] | Sequence[int]  # tensors, or their addresses
@@ -38,6 +39,45 @@ class Convolution(NamedTuple):
         return height, width
 
 
+GELU, GELU_TANH, LAYER_NORM = 1, 2, 3  # `Operation` in csrc/kernels.h
+
+
+class Recomputed(NamedTuple):
+    """How the input of a linear map is made of the numbers that an operation keeps of its own input.
+
+    Attributes:
+        operation: ``GELU``, ``GELU_TANH`` or ``LAYER_NORM`` over the last dimension.
+        mean: of each row, float32 ``[..., 1]``, of a LayerNorm.
+        scale: of each row, float32 ``[..., 1]``, of a LayerNorm.
+        weight: of a LayerNorm, ``[C]``, or ``None``.
+        bias: of a LayerNorm, ``[C]``, or ``None``.
+    """
+
+    operation: int
+    mean: Tensor | None = None
+    scale: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Csr:
+    """Chosen entries whose addresses and sizes are asked once, for calls in which asking would cost more than computing.
+
+    Attributes:
+        row_offsets: int32 ``[O + 1]``.
+        columns: int32 ``[nnz]``.
+        nnz: number of entries.
+        addresses: of both, 0 where a tensor has no memory.
+    """
+
+    __slots__ = ("addresses", "columns", "nnz", "row_offsets")
+
+    def __init__(self, row_offsets: Tensor, columns: Tensor) -> None:
+        self.row_offsets, self.columns, self.nnz = row_offsets, columns, columns.shape[0]
+        there = type(columns) is Tensor and not columns.is_meta
+        self.addresses = (row_offsets.data_ptr(), columns.data_ptr()) if there else (0, 0)
+
+
 class AdamWStep(NamedTuple):
     """The arguments of :func:`fps_kernels.ops.masked_adamw_`, which says what they are."""
 
@@ -61,7 +101,8 @@ class AdamWStep(NamedTuple):
 
     @property
     def tensors(self) -> "AdamWTensors":
-        return AdamWTensors(*self[:8])
+        none = torch.empty(0, device=self.lrs.device)
+        return AdamWTensors(*self[:8], [none] * len(self.weights))
 
     @property
     def options(self) -> tuple[Any, ...]:
@@ -80,6 +121,7 @@ class AdamWTensors(NamedTuple):
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
+    agreed: list[Tensor]  # where values are noted as well, for agree_values_; empty where they are not
 
 
 class Agreement(NamedTuple):

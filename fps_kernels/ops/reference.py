@@ -8,11 +8,13 @@ of an entry is ``s_ij = |fl32(w_ij * a_gj)|``, one rounded float32 product. Argu
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fps_kernels.ops import records
-from fps_kernels.ops.records import AdamWStep, Agreement, Convolution, Gradients
+from fps_kernels.ops.records import GELU_TANH, LAYER_NORM, AdamWStep, Agreement, Convolution, Csr, Gradients, Recomputed
 
+RECOMPUTES = True  # inputs of linear_gradients
 ROWS_PER_CHUNK = 1024  # bounds the scratch of the ops that go through rows in chunks
 ENTRIES_PER_CHUNK = 1024
 
@@ -110,6 +112,28 @@ def sampled_grad(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor) ->
         for gy_rows, x_rows in zip(gy.split(ROWS_PER_CHUNK), x.split(ROWS_PER_CHUNK), strict=True):
             part += (gy_rows[:, row].double() * x_rows[:, column].double()).sum(0)
     return grad.float()
+
+
+def linear_gradients(
+    gy: Tensor, x: Tensor, csr: Csr, wants_bias: bool, how: Recomputed | None
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`sampled_grad` of ``gy`` ``[..., O]`` and ``x`` ``[..., C]``, or what is computed from it; and ``gy``'s sum."""
+    if how is not None:
+        x = recomputed(x.float(), how)
+    rows = gy.reshape(-1, gy.shape[-1])
+    grad = sampled_grad(rows, x.reshape(-1, x.shape[-1]), csr.row_offsets, csr.columns)
+    return grad, rows.sum(0) if wants_bias else None
+
+
+def recomputed(x: Tensor, how: Recomputed) -> Tensor:
+    """The output of the operation of which ``x`` ``[..., C]`` is the input."""
+    if how.operation != LAYER_NORM:
+        return F.gelu(x, approximate="tanh" if how.operation == GELU_TANH else "none")
+    assert how.mean is not None
+    assert how.scale is not None
+    y = (x - how.mean) * how.scale
+    y = y if how.weight is None else y * how.weight
+    return y if how.bias is None else y + how.bias
 
 
 def sampled_grad_conv2d(
@@ -228,4 +252,10 @@ class PreparedAdamW(records.PreparedAdamW):
             self._addresses = moved
         rates = lrs if isinstance(lrs, Tensor) else torch.tensor(lrs, dtype=torch.float64, device=tensors.weights[0].device)
         numbers = beta1, beta2, eps, maximize, grad_scale, found_inf, zero_grads
-        masked_adamw_(AdamWStep(*tensors, rates, list(weight_decays), *numbers))
+        noted = [i for i, agreed in enumerate(tensors.agreed) if agreed.numel()]
+        lists = tensors.weights, tensors.row_offsets, tensors.columns, tensors.masters, tensors.agreed
+        agree_values_(Agreement(*([tensor[i] for i in noted] for tensor in lists)))
+        masked_adamw_(AdamWStep(*tensors[:8], rates, list(weight_decays), *numbers))
+        for agreed, master in zip(tensors.agreed, tensors.masters, strict=True):
+            if agreed.numel():
+                agreed.copy_(master)

@@ -125,10 +125,11 @@ def masked_adamw_(
         list(exp_avgs),
         list(exp_avg_sqs),
         list(steps),
+        [torch.empty(0, device=device)] * len(weights),
     )
     check_adamw_tensors(tensors, zero_grads)
     step = AdamWStep(
-        *tensors,
+        *tensors[:8],
         lrs.contiguous(),
         list(weight_decays),
         beta1,

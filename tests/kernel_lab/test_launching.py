@@ -66,14 +66,16 @@ def adamw(weight_dtype: torch.dtype = torch.bfloat16) -> tuple[AdamWTensors, Ada
     problem = AdamWProblem(CPU, weight_dtype, None, True)
     csr = [offsets for offsets, _ in problem.csr], [columns for _, columns in problem.csr]
     state = problem.masters, problem.exp_avgs, problem.exp_avg_sqs, problem.steps
-    return AdamWTensors(problem.weights, problem.gradients(), *csr, *state), problem
+    return AdamWTensors(
+        problem.weights, problem.gradients(), *csr, *state, [master.clone() for master in problem.masters]
+    ), problem
 
 
 def test_a_step_is_one_launch(gpu):
     tensors, _ = adamw()
     n = len(tensors.weights)
     numbers = [0.0] * n, 0.9, 0.999, 1e-8, False, None, None, False
-    step = AdamWStep(*tensors, torch.zeros(n, dtype=torch.float64), *numbers)
+    step = AdamWStep(*tensors[:8], torch.zeros(n, dtype=torch.float64), *numbers)
     prepared = backend.PreparedAdamW(tensors)
     for _ in range(3):
         assert names(gpu, lambda: backend.masked_adamw_(step)) == ["_masked_adamw"]

@@ -154,3 +154,35 @@ def test_nothing_to_prepare():
         ops.prepared_adamw([], [], [], [], [], [], [], [])
     with pytest.raises(ValueError, match="steps must have one item per weight"):
         ops.prepared_adamw([torch.ones(1, 1)], *[[torch.ones(1)]] * 6, [])
+
+
+def test_a_step_begins_with_agreement_and_notes_what_it_ends_with(backend, device, dtype):
+    """As agree_values_ before it, and the values copied after it: of some tensors, while others know no agreement."""
+    ours, theirs = twins(AdamWProblem, device, dtype, None, True)
+    n = len(ours.weights)
+    for problem in (ours, theirs):
+        problem.masters = [problem.values(i).float().clone() for i in range(n)]
+    none = torch.empty(0, device=device)
+    agreed = [none if i == 1 else master.clone() for i, master in enumerate(ours.masters)]
+    known = [a.clone() for a in agreed]
+    csr = [offsets for offsets, _ in ours.csr], [columns for _, columns in ours.csr]
+    state = ours.masters, ours.exp_avgs, ours.exp_avg_sqs, ours.steps
+    step = ops.prepared_adamw(ours.weights, ours.gradients(), *csr, *state, agreed)
+    for number in range(3):
+        change = [torch.rand(m.shape, device=device) for m in ours.masters]
+        for problem in (ours, theirs):
+            for i, (W, master) in enumerate(zip(problem.weights, problem.masters, strict=True)):
+                master[change[i] < 0.2] += 1.0
+                if number and i != 1:
+                    rows, columns = problem.rows[i], problem.csr[i][1].long()
+                    W[rows, columns] = torch.where(change[i] > 0.8, W[rows, columns] * 2, W[rows, columns])
+        grads = ours.gradients()
+        step.run(grads, [0.1] * n, [0.1] * n, 0.9, 0.999, 1e-8, False, None, None, False)
+        chosen = [i for i in range(n) if i != 1]
+        lists = theirs.weights, [o for o, _ in theirs.csr], [c for _, c in theirs.csr], theirs.masters, known
+        ops.agree_values_(*([one[i] for i in chosen] for one in lists))
+        theirs.step([g.clone() for g in grads], [0.1] * n, [0.1] * n)
+        for i in chosen:
+            known[i].copy_(theirs.masters[i])
+        assert equal(ours, theirs), number
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(agreed, known, strict=True)), number

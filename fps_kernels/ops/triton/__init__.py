@@ -7,12 +7,14 @@ below it, the jit kernels at the bottom. What an op means is in :mod:`fps_kernel
 from fps_kernels.ops.triton.agreement import agree_values_
 from fps_kernels.ops.triton.column_norm import column_norm_
 from fps_kernels.ops.triton.column_norm_conv2d import column_norm_conv2d_
-from fps_kernels.ops.triton.gradients import sampled_grad
+from fps_kernels.ops.triton.gradients import linear_gradients, sampled_grad
 from fps_kernels.ops.triton.gradients_conv2d import sampled_grad_conv2d
 from fps_kernels.ops.triton.prepared import PreparedAdamW, PreparedAgreement
 from fps_kernels.ops.triton.threshold import score_kth, score_select
 from fps_kernels.ops.triton.topk import score_topk
 from fps_kernels.ops.triton.updates import masked_adamw_, scatter_values_
+
+RECOMPUTES = False  # inputs of linear_gradients
 
 __all__ = [
     "PreparedAdamW",
@@ -20,6 +22,7 @@ __all__ = [
     "agree_values_",
     "column_norm_",
     "column_norm_conv2d_",
+    "linear_gradients",
     "masked_adamw_",
     "sampled_grad",
     "sampled_grad_conv2d",

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fps_kernels.ops._dispatch import interpreted
+from fps_kernels.ops.records import Csr, Recomputed
 from fps_kernels.ops.triton.floats import to_float32
 from fps_kernels.ops.triton.launching import Plans, alignment, launch
 from fps_kernels.ops.triton.splits import Plan, finish
@@ -81,6 +82,18 @@ def _sums(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor, bias: boo
     if plan is not None:
         _plans.note(key, plan)
     return sums
+
+
+def linear_gradients(
+    gy: Tensor, x: Tensor, csr: Csr, wants_bias: bool, how: Recomputed | None
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`.reference.linear_gradients` of an input that is there."""
+    assert how is None, "inputs are computed again before the call"
+    rows = gy.reshape(-1, gy.shape[-1])
+    if not rows.numel() or not csr.nnz:
+        return torch.zeros(csr.nnz, device=gy.device), rows.sum(0) if wants_bias else None
+    of_rows = rows, x.reshape(-1, x.shape[-1]), csr.row_offsets, csr.columns
+    return sampled_grad_with_bias(*of_rows) if wants_bias else (sampled_grad(*of_rows), None)
 
 
 def prefer_product(nnz: int, gy: Tensor, x: Tensor) -> bool:

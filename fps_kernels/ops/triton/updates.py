@@ -21,7 +21,7 @@ from fps_kernels.ops.triton.tables import Values, block_map, device_table
 
 BLOCK = 512  # four entries per thread: the gathers wait for memory, so many warps matter more than wide loads
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FIELDS = tl.constexpr(18)
+FIELDS = tl.constexpr(19)
 
 
 def masked_adamw_(step: AdamWStep) -> None:
@@ -109,7 +109,7 @@ def entry_fields(W: Tensor, row_offsets: Tensor, columns: Tensor) -> tuple[int, 
 def tensor_fields(tensors: AdamWTensors) -> tuple[int, ...]:
     """What stays from step to step: ``FIELDS`` numbers for each weight. The last is the device's, which counts with it."""
     table: list[int] = []
-    for W, grad, row_offsets, columns, master, exp_avg, exp_avg_sq, count in zip(*tensors, strict=True):
+    for W, grad, row_offsets, columns, master, exp_avg, exp_avg_sq, count, agreed in zip(*tensors, strict=True):
         compact = grad.dim() == 1
         table += (
             *entry_fields(W, row_offsets, columns),
@@ -120,6 +120,7 @@ def tensor_fields(tensors: AdamWTensors) -> tuple[int, ...]:
             *((0, 0) if compact else grad.stride()),
             int(compact),
             DTYPE_CODES[grad.dtype],
+            agreed.data_ptr() if agreed.numel() else 0,
             0,
         )
     return tuple(table)
@@ -271,6 +272,19 @@ def _masked_adamw(
         value = tl.load(master_address.to(tl.pointer_type(tl.float32)) + entries, mask=inside, other=0.0)
     else:  # then the weight is float32
         value = tl.load(tl.load(fields).to(tl.pointer_type(tl.float32)) + positions, mask=inside, other=0.0)
+    agreed_address = tl.load(fields + 17)
+    if agreed_address != 0:  # a weight that was changed since both sides agreed counts, unless the value was as well
+        agreed = tl.load(agreed_address.to(tl.pointer_type(tl.float32)) + entries, mask=inside, other=0.0)
+        held = _load_any(tl.load(fields), positions, tl.load(fields + 7), inside)
+        code = tl.load(fields + 7)
+        rounded = agreed
+        if code == 1:
+            rounded = to_float32(bfloat16_bits(agreed).to(tl.bfloat16, bitcast=True))
+        elif code == 2:
+            rounded = agreed.to(tl.float16).to(tl.float32)
+        same_value = value.to(tl.int32, bitcast=True) == agreed.to(tl.int32, bitcast=True)
+        same_weight = held.to(tl.int32, bitcast=True) == rounded.to(tl.int32, bitcast=True)
+        value = tl.where(same_value & (same_weight == 0), held, value)
     value = value * decay
     exp_avg = tl.load(exp_avg_ptr + entries, mask=inside, other=0.0)
     exp_avg_sq = tl.load(exp_avg_sq_ptr + entries, mask=inside, other=0.0)
@@ -286,12 +300,14 @@ def _masked_adamw(
     tl.store(exp_avg_sq_ptr + entries, exp_avg_sq, mask=inside)
     if master_address != 0:
         tl.store(master_address.to(tl.pointer_type(tl.float32)) + entries, value, mask=inside)
+    if agreed_address != 0:
+        tl.store(agreed_address.to(tl.pointer_type(tl.float32)) + entries, value, mask=inside)
     store_any(tl.load(fields), positions, value, tl.load(fields + 7), inside)
 
     # The last of the tensor's programs writes the count: by then all have read it, each in all its threads.
     tl.debug_barrier()
-    if tl.atomic_add(fields + 17, 1) == programs - 1:
-        tl.store(fields + 17, 0)
+    if tl.atomic_add(fields + 18, 1) == programs - 1:
+        tl.store(fields + 18, 0)
         tl.store(count_ptr, count)
 
 
