@@ -47,6 +47,41 @@ class Convolution2d(WeightKind):
         grad: Tensor = ops.sampled_grad_conv2d(_batched(gy), _batched(x), row_offsets, columns, *self.geometry)
         return grad
 
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        images, padding = _batched(x), self._even_padding()
+        if padding is None:
+            top, bottom, left, right = self.geometry.padding
+            images, padding = F.pad(images, (left, right, top, bottom)), (0, 0)
+        y = F.conv2d(images, weight, None, self.geometry.stride, padding, self.geometry.dilation, self.geometry.groups)
+        return y if x.dim() == 4 else y.squeeze(0)
+
+    def input_gradient(self, gy: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        *_, height, width = shape
+        top, bottom, left, right = self.geometry.padding
+        padding = self._even_padding()
+        if padding is None:  # the gradient of the padded images, of which the border is cut off
+            height, width, padding = height + top + bottom, width + left + right, (0, 0)
+        outputs = _batched(gy)
+        sizes = (outputs.shape[0], shape[-3], height, width)
+        # Of the images only the sizes count, and where channels lie, which is told by the weight as well.
+        images = outputs.new_empty(1).expand(sizes)
+        geometry = (list(self.geometry.stride), list(padding), list(self.geometry.dilation), False, [0, 0])
+        gx = torch.ops.aten.convolution_backward(
+            outputs, images, weight.to(gy.dtype), None, *geometry, self.geometry.groups, [True, False, False]
+        )[0]
+        if (height, width) != tuple(shape[-2:]):
+            gx = gx[..., top : top + shape[-2], left : left + shape[-1]]
+        whole: Tensor = gx.reshape(shape)
+        return whole
+
+    def bias_gradient(self, gy: Tensor, shape: torch.Size) -> Tensor:
+        return _batched(gy).sum((0, 2, 3))
+
+    def _even_padding(self) -> tuple[int, int] | None:
+        """Above and below, left and right; ``None`` where the two sides of one of them differ."""
+        top, bottom, left, right = self.geometry.padding
+        return (top, left) if (top, left) == (bottom, right) else None
+
 
 def read(
     input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1

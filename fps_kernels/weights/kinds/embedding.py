@@ -49,6 +49,12 @@ class Embedding(WeightKind):
         grad[entries] = rows[owner, columns[entries].long()]
         return grad
 
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(x, weight, None if self.padding < 0 else self.padding)
+
+    def input_gradient(self, gy: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        raise TypeError("numbers of rows have no gradient")
+
 
 def read(
     input: Any,

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -40,6 +41,23 @@ class WeightKind(ABC):
         Returns:
             float32 ``[nnz]``, in CSR order.
         """
+
+    @abstractmethod
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The output without a bias, in operations that can be differentiated.
+
+        Args:
+            x: the input, or some of its channels.
+            weight: as the call was given it, or those of its channels.
+        """
+
+    @abstractmethod
+    def input_gradient(self, gy: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of the input of that ``shape``, from what it was multiplied by."""
+
+    def bias_gradient(self, gy: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of what was added to the output, of that ``shape``."""
+        return gy.sum_to_size(shape)
 
 
 class Call(NamedTuple):

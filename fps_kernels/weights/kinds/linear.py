@@ -33,6 +33,12 @@ class Linear(WeightKind):
         grad: Tensor = ops.sampled_grad(gy, x, row_offsets, columns)
         return grad
 
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def input_gradient(self, gy: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        return gy.matmul(weight.to(gy.dtype))
+
 
 LINEAR = Linear()
 
