@@ -20,7 +20,7 @@ from fps_kernels.deltas.making import diff, load_delta, save_delta
 from fps_kernels.deltas.merging import merge
 from fps_kernels.ops import BackendUnavailableError, backend_for, use_backend
 from fps_kernels.selection import Selection, WeightSelection
-from fps_kernels.tuning.attaching import attach
+from fps_kernels.tuning.attaching import attach, tuner_of
 from fps_kernels.tuning.masked_adamw import MaskedAdamW, masked_parameters
 from fps_kernels.tuning.tuner import Tuner
 
@@ -55,5 +55,6 @@ __all__ = [
     "save_delta",
     "score_topk",
     "select",
+    "tuner_of",
     "use_backend",
 ]

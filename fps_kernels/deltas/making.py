@@ -8,6 +8,7 @@ from fps_kernels._version import __version__
 from fps_kernels.deltas.delta import Delta
 from fps_kernels.selection import Selection, WeightSelection
 from fps_kernels.storage.checked_file import Path_
+from fps_kernels.tuning.compact_values import settle
 from fps_kernels.tuning.tuner import Tuner
 from fps_kernels.weights.fingerprint import fingerprint, own_parameters
 
@@ -23,7 +24,7 @@ def save_delta(tuner: Tuner, path: Path_, dtype: torch.dtype | None = None) -> N
         dtype: ``torch.float32`` or ``torch.bfloat16`` for the values; if not given, compact values are float32.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: another dtype, or parameters of the model that were replaced since it was attached.
 
     Example:
         >>> fps.save_delta(tuner, "task.safetensors")
@@ -44,7 +45,13 @@ def load_delta(path: Path_) -> Delta:
 
 
 def delta_of(tuner: Tuner) -> Delta:
-    """What a tuner has tuned so far, as a delta to the model that was attached."""
+    """What a tuner has tuned so far, as a delta to the model that was attached.
+
+    Raises:
+        ValueError: the model has other parameters by now: what they hold would not be in the delta.
+    """
+    if tuner.attached:
+        tuner.check_places()
     values = {name: p.detach().to("cpu", copy=True) for name, p in tuner.compact.items()}
     dense = {name: p.detach().to("cpu", copy=True) for name, p in tuner.dense.items()}
     return Delta(tuner.selection.to("cpu"), values, dense, tuner.base, package_versions())
@@ -64,6 +71,8 @@ def diff(base: nn.Module, tuned: nn.Module) -> Delta:
     Raises:
         ValueError: models with different parameters, or changes in parameters of another dtype.
     """
+    for model in (base, tuned):
+        settle(model)
     before, after = own_parameters(base), own_parameters(tuned)
     if different := sorted(before.keys() ^ after.keys()):
         raise ValueError(f"the models have different parameters: only one has {different[0]}")

@@ -5,12 +5,17 @@ from os import PathLike
 from typing import Any
 
 import lightning
+from lightning.pytorch import callbacks
 from torch import nn
 
 from fps_kernels.deltas.making import save_delta
 from fps_kernels.selection import Selection
 from fps_kernels.tuning.attaching import attach
 from fps_kernels.tuning.tuner import Tuner
+
+_AVERAGING = tuple(
+    getattr(callbacks, name) for name in ("WeightAveraging", "StochasticWeightAveraging") if hasattr(callbacks, name)
+)
 
 
 class TuneSelected(lightning.Callback):  # type: ignore[misc]
@@ -40,6 +45,9 @@ class TuneSelected(lightning.Callback):  # type: ignore[misc]
         """Called by the trainer before ``configure_optimizers``."""
         if stage == "fit" and self.tuner is None:
             self.tuner = attach(pl_module, self.choose(pl_module))
+            for callback in trainer.callbacks[: trainer.callbacks.index(self)]:
+                if isinstance(callback, _AVERAGING):  # it has copied the module before there was something to average
+                    callback.setup(trainer, pl_module, stage)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Called by the trainer at the end."""

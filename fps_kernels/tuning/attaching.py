@@ -3,15 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fps_kernels.selection import Selection
+from fps_kernels.tuning.agreement import Scope, scope_of
 from fps_kernels.tuning.compact_values import SelectedEntries
 from fps_kernels.tuning.groups import chosen_parameters
 from fps_kernels.tuning.step_hooks import install_hooks
-from fps_kernels.tuning.tuned_weight import become_tuned
+from fps_kernels.tuning.tuned_weight import hold, shorten
 from fps_kernels.tuning.tuner import Tuner
 from fps_kernels.weights.fingerprint import fingerprint
 from fps_kernels.weights.kinds import DIMENSIONS
@@ -55,12 +57,18 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor]) -> Tun
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, DistributedDataParallel):
         raise ValueError("attach the model before it is wrapped in DistributedDataParallel: it would not reduce the values")
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("a DataParallel model cannot be attached: use DistributedDataParallel, around the attached model")
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "attach() cannot run under torch.inference_mode(): its values could never be trained; leave it first"
+        )
     survey = Survey.of(model)
     selection, parameters = chosen_parameters(survey, selection)
     _check(survey, selection, parameters)
     install_hooks()
     made = {
-        name: SelectedEntries(name, survey.owner(name)[0], parameters[name], chosen)
+        name: SelectedEntries(name, survey.owner(name)[0], parameters[name], chosen, hold)
         for name, chosen in selection.weights.items()
     }
     dense = {name: parameters[name] for name in selection.dense}
@@ -72,10 +80,34 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor]) -> Tun
         if p not in trained:
             p.grad = None  # of no use any more, and as large as the parameter
     for name, entries in made.items():
-        become_tuned(entries.weight).entries = entries
+        hold(entries)
         owner, leaf = survey.owner(name)
         owner.add_module(f"{leaf}_selected", entries)
+        shorten(owner)
+    tuner._scope = Scope(model, list(made.values()))
+    tuner._scope.tuner = tuner
     tuner._loading = model.register_load_state_dict_pre_hook(_refuse_assignment)
+    return tuner
+
+
+def tuner_of(model: nn.Module) -> Tuner:
+    """The tuner of an attached model: :func:`attach` gave it back, but a copy of an attached model has one of its own.
+
+    Args:
+        model: the model, or one that it is a part of.
+
+    Raises:
+        ValueError: nothing in it is attached, or more than one part of it is.
+
+    Example:
+        >>> best = copy.deepcopy(model)  # while training goes on
+        >>> fps.save_delta(fps.tuner_of(best), "best.safetensors")
+    """
+    tuners = [scope.tuner for m in model.modules() if (scope := scope_of(m)) is not None and scope.tuner is not None]
+    if len(tuners) != 1:
+        found = f"{len(tuners)} of its parts are: ask for the tuner of one of them" if tuners else "attach it first"
+        raise ValueError(f"tuner_of(model) takes an attached model, got a {type(model).__name__}: {found}")
+    tuner: Tuner = tuners[0]
     return tuner
 
 
@@ -96,6 +128,10 @@ def _check(survey: Survey, selection: Selection, parameters: Mapping[str, nn.Par
             raise TypeError(f"{name} belongs to a scripted module, whose multiplications cannot be intercepted")
         if reason := unfit(p):
             raise TypeError(f"{name} cannot be tuned: {reason}")
+        if p.is_inference():
+            raise ValueError(
+                f"{name} was made under torch.inference_mode() and cannot be changed outside of it: make the model outside"
+            )
         if p.is_meta:
             raise ValueError(f"{name} is on the meta device and has no values: load the model first")
     for name, chosen in selection.weights.items():

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from fps_kernels import ops
 from fps_kernels.selection import WeightSelection
+from fps_kernels.tuning.agreement import Agreement, Seen
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated
 
 LIVING: "weakref.WeakSet[SelectedEntries]" = weakref.WeakSet()  # in this process, attached or not
@@ -26,6 +27,11 @@ class SelectedEntries(nn.Module):
         name: the weight's name in the model.
         selection: the chosen entries.
         values: float32 ``[nnz]`` in CSR order, whatever the dtype of the weight.
+        own: the parameter ``values``; where ``values`` is another tensor, a functional call has put it there for a while.
+        agreed: float32 ``[nnz]``: the values when they and the weight agreed last.
+        seen: what multiplications need to know, and what told of both sides then; ``None`` once detached.
+        hold: makes the weight know its entries, where it does not (any more: torch may swap what two tensors are).
+        alone: lets this weight and its values agree.
         distinct: int32 ``[D]``: the columns (of a convolution: the input channels) that carry entries, ascending; ``None``
             where all do, or nearly all.
         columns: int32 ``[nnz]``: the column of each entry, counted among ``distinct``.
@@ -33,11 +39,21 @@ class SelectedEntries(nn.Module):
     """
 
     distinct: Tensor | None
+    own: nn.Parameter
 
-    def __init__(self, name: str, owner: nn.Module, weight: nn.Parameter, selection: WeightSelection) -> None:
+    def __init__(
+        self,
+        name: str,
+        owner: nn.Module,
+        weight: nn.Parameter,
+        selection: WeightSelection,
+        hold: "Callable[[SelectedEntries], None]",
+    ) -> None:
         super().__init__()
         self.name = name
         self.attached = True
+        self.hold = hold
+        self.seen: Any = None
         self._place = [(owner, name.rpartition(".")[2], weight)]  # in a list, so that nothing is registered a second time
         self.selection = selection
         self.distinct, self.columns = _numbered(selection)
@@ -53,13 +69,18 @@ class SelectedEntries(nn.Module):
             thirds = [0, rows // 3, 2 * (rows // 3), rows]
             self._begins = dict(zip(thirds, selection.row_offsets[thirds].tolist(), strict=True))
         self.values = nn.Parameter(self._held().float())
+        self.agreed = self.values.detach().clone()
         self._link()
 
     def _link(self) -> None:
         LIVING.add(self)
+        self.__dict__["own"] = self.values  # not a second parameter
         self.values.selected_entries = self  # type: ignore[attr-defined]
         if self._place:
-            self.mark_written()
+            scopes = () if self.seen is None else self.seen.scopes
+            self.seen = Seen(self, self.values, self._place[0][2])
+            self.seen.scopes = scopes
+        self.alone = Agreement([self])
 
     @property
     def weight(self) -> nn.Parameter:
@@ -72,21 +93,36 @@ class SelectedEntries(nn.Module):
             raise ValueError(f"the tuner of {self.name} is detached")
         return self._place[0][2]
 
+    @property
+    def owner(self) -> nn.Module:
+        """The module that has the weight."""
+        return self._place[0][0]
+
     def check_place(self) -> None:
-        """Refuse to go on where the model has another weight by now.
+        """Refuse to go on where the model has another weight or other values by now.
 
         Raises:
-            ValueError: the tuner is detached, or the weight was replaced.
+            ValueError: the tuner is detached, or one of both was replaced.
         """
         weight = self.weight
         owner, leaf, _ = self._place[0]
-        if owner._parameters.get(leaf) is not weight:
-            raise ValueError(f"{self.name} was replaced since attach(): its selected values reach no weight; attach again")
+        there = owner._parameters.get(leaf)
+        if there is not weight:
+            raise ValueError(
+                f"{self.name} was replaced since attach(){_by_whom(there)}: its selected values reach no weight. Attach "
+                "again, after whatever replaces parameters"
+            )
+        if (values := self._parameters.get("values")) is not self.own:
+            raise ValueError(
+                f"the selected values of {self.name} were replaced since attach(){_by_whom(values)}: attach again, after "
+                "whatever replaces parameters"
+            )
 
     def release(self) -> nn.Parameter:
         """Leave the module that owns the weight, and let go of both."""
         owner, leaf, weight = self._place.pop()
         self.attached = False
+        self.alone.forget()
         owner._modules.pop(f"{leaf}_selected", None)
         return weight
 
@@ -122,62 +158,72 @@ class SelectedEntries(nn.Module):
         view, _, columns = self.memory()
         return view[self.selection.rows(), columns.long()]
 
-    def mark_written(self) -> None:
-        """Note that the weight holds the values as they are now."""
-        self._seen = _state(self.values), _state(self.weight)
+    @property
+    def tuner(self) -> Any:
+        """The tuner that the weight was attached by; ``None`` in a copy of a part of its model."""
+        if self.seen is None:
+            return None
+        return next((scope.tuner for scope in self.seen.scopes if scope.tuner is not None), None)
 
-    def synchronise(self) -> None:
-        """Let the weight and the values agree again, after whatever changed one of them; if both, the values count.
-
-        Changes through ``.data`` in place leave no trace: :meth:`write_back` is for those.
-        """
-        values, weight = self._seen
-        if values != _state(self.values):
-            self.write_back()
-        elif weight != _state(self.weight):
-            self.read_back()
+    def settle(self) -> None:
+        """Let the weight and the values agree again, after whatever changed one of them; if both, the values count."""
+        if self.attached:
+            self.alone.settle()
 
     def check_devices(self) -> None:
         """Refuse values that were moved away from their weight."""
-        if self.values.device != self.weight.device:
+        if self.own.device != self.weight.device:
             raise ValueError(
-                f"{self.name} is on {self.weight.device}, its selected values are on {self.values.device}: move the whole "
+                f"{self.name} is on {self.weight.device}, its selected values are on {self.own.device}: move the whole "
                 "model with model.to(device)"
             )
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Write the values into the weight; every other entry keeps its bits."""
+        """Write the values into the weight, whatever it holds; every other entry keeps its bits."""
         self.check_place()
         self.check_devices()
-        ops.scatter_values_(*self.memory(), self.values.detach())
-        self.mark_written()
+        ops.scatter_values_(*self.memory(), self.own.detach())
+        self.agreed.copy_(self.own)
+        self.alone.settle()
 
     @torch.no_grad()
     def read_back(self) -> None:
-        """Take over what the weight holds now, except where that is the rounded value already."""
+        """Take over what the weight holds, whatever the values are, but where it is one of them, rounded."""
         held = self._held()
-        self.values.copy_(torch.where(held == self.values.to(held.dtype), self.values, held.float()))
-        self.mark_written()
+        self.own.copy_(torch.where(held == self.own.to(held.dtype), self.own, held.float()))
+        self.agreed.copy_(self.own)
+        self.alone.settle()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.synchronise()
+        self.settle()
+        for agreement in (self.alone, *(scope.agreement for scope in self.seen.scopes)):
+            agreement.forget()  # so that the memory that is left behind is free at once
         # Moving to another device moves everything, but `.to(bfloat16)` leaves the values float32, and what allocates
         # without copying (`to_empty`) must not touch indices that kernels trust.
         super()._apply(lambda values: values.to(fn(values).device), recurse)  # type: ignore[no-untyped-call]
         device = self.values.device
         self._move(lambda index: index.to(device))
+        self.agreed = self.agreed.to(device)
         self._link()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.synchronise()
+        self.settle()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.read_back()  # a module loads before its children: the weight holds what was loaded
 
+    # Scopes that are copied as well link themselves again.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "alone": None, "seen": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:  # copy.deepcopy
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.values.is_inference():  # copied under torch.inference_mode(), and to be tuned nevertheless
+            with torch.inference_mode(False):
+                self.values = nn.Parameter(self.values.clone(), self.values.requires_grad)
+                self.agreed = self.agreed.clone()
         self._link()
 
     def extra_repr(self) -> str:
@@ -185,15 +231,21 @@ class SelectedEntries(nn.Module):
         return f"{self.selection.nnz} of {self.layout.shape[0] * self.layout.shape[1]} entries of {self.name}"
 
 
-def _state(tensor: Tensor) -> tuple[Any, ...]:
-    """Changes whenever a tensor's numbers do, as far as torch can tell."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return tensor._version, tensor.untyped_storage()._cdata, tensor.storage_offset()
+def settle(model: nn.Module) -> None:
+    """Let all attached weights of a model agree with their values, whoever's tuner they are of."""
+    for module in model.modules():
+        if isinstance(module, SelectedEntries):
+            module.settle()
 
 
 def entries_of(parameter: Tensor) -> SelectedEntries | None:
     """The entries whose values a parameter is, if it is such a parameter."""
     return getattr(parameter, "selected_entries", None)
+
+
+def _by_whom(found: Any) -> str:
+    """What stands in place of a parameter, where its class says who put it there."""
+    return "" if found is None or type(found) is nn.Parameter else f" by a {type(found).__name__}"
 
 
 def _numbered(selection: WeightSelection) -> tuple[Tensor | None, Tensor]:

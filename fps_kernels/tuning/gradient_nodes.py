@@ -1,44 +1,19 @@
-"""Autograd nodes that compute the gradient of chosen entries, behind a layer that is computed as always."""
+"""Autograd nodes behind a function that is computed as always: a compiler's, and the one that refuses a gradient."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fps_kernels.tuning.saved_input import Kept, keep, take
+from fps_kernels.tuning.saved_input import take
 from fps_kernels.weights.kinds import WeightKind
 
 
-def _same_memory(y: Tensor) -> Tensor:
-    """``y`` as the output of a node, without a copy.
-
-    To hand out ``y`` itself it would have to be marked as changed in place; it often is a view (``F.linear`` reshapes a
-    matrix), and the backward pass of a change to a view copies the gradient three times. A view of it, on the other hand,
-    autograd lets nobody change in place. A detached tensor is neither.
-    """
-    return y.detach()
-
-
-class _SampledGradient(torch.autograd.Function):
-    """The identity on a layer's output; its backward pass adds the gradient of the chosen entries."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, values: Tensor, kept: Kept, gradient: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        tensors, ctx.restore = kept
-        ctx.gradient, ctx.values = gradient, values
-        ctx.save_for_backward(*tensors)
-        return _same_memory(y)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        return gy, ctx.gradient(gy, ctx.restore(*ctx.saved_tensors)), None, None
-
-
 class _CompiledGradient(torch.autograd.Function):
-    """:class:`_SampledGradient` for a compiler, which sees tensors and numbers and decides itself what to keep."""
+    """The identity on a layer's output; its backward pass adds the gradient of the chosen entries.
+
+    A compiler sees tensors and numbers, and decides itself what to keep.
+    """
 
     @staticmethod
     def forward(
@@ -54,7 +29,7 @@ class _CompiledGradient(torch.autograd.Function):
         return gy, None, ctx.kind.sampled_gradient(gy, x, row_offsets, columns), None, None, None
 
 
-def with_sampled_gradient(
+def compiled_gradient(
     y: Tensor,
     x: Tensor,
     values: Tensor,
@@ -63,7 +38,7 @@ def with_sampled_gradient(
     channels: Tensor | None,
     kind: WeightKind,
 ) -> Tensor:
-    """``y``, the output of a layer, with a gradient for the chosen entries of the layer's weight.
+    """``y``, the output of a layer, with a gradient for the chosen entries of the layer's weight, for a compiler.
 
     Args:
         y: the output; not used elsewhere yet.
@@ -74,21 +49,9 @@ def with_sampled_gradient(
         channels: the channels of the input that carry entries, int32; ``None`` for all.
         kind: how the weight multiplies the input.
     """
-    dim = kind.channel_dim(x)
-    result: Tensor
-    if torch.compiler.is_compiling():
-        part = take(x.detach(), channels, dim)
-        part = part.to(y.dtype) if part.is_floating_point() else part
-        result = _CompiledGradient.apply(y, part, values, row_offsets, columns, kind)
-        return result
-
-    if getattr(y.grad_fn, "values", None) is values:
-        return y  # a compiler that went through an override twice
-
-    def gradient(gy: Tensor, part: Tensor) -> Tensor:
-        return kind.sampled_gradient(gy, part, row_offsets, columns)
-
-    result = _SampledGradient.apply(y, values, keep(x, channels, dim, y.dtype), gradient)
+    part = take(x.detach(), channels, kind.channel_dim(x))
+    part = part.to(y.dtype) if part.is_floating_point() else part
+    result: Tensor = _CompiledGradient.apply(y, part, values, row_offsets, columns, kind)
     return result
 
 

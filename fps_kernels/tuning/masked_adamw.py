@@ -9,11 +9,14 @@ from torch.optim import Optimizer
 
 from fps_kernels import ops
 from fps_kernels.selection import Selection, WeightSelection
-from fps_kernels.tuning.compact_values import entries_of
+from fps_kernels.tuning.compact_values import SelectedEntries, entries_of
 from fps_kernels.tuning.groups import Options, chosen_parameters, grouped
 from fps_kernels.tuning.optimizer_checks import check_options, check_parameter, check_state, checksum
+from fps_kernels.tuning.places import remember, remembered_places
+from fps_kernels.tuning.step_hooks import check_optimizer, tuners_of, warn_of_missing
+from fps_kernels.tuning.step_plan import Member, Plans, StepPlan
 from fps_kernels.tuning.tuner import Tuner
-from fps_kernels.weights.matrix import MatrixLayout
+from fps_kernels.weights.matrix import MatrixLayout, is_simulated
 from fps_kernels.weights.survey import Survey
 
 _STATE = ("step", "exp_avg", "exp_avg_sq", "master")
@@ -51,6 +54,7 @@ def masked_parameters(
         >>> optimizer = fps.MaskedAdamW(groups, lr=1e-3)
     """
     selection, parameters = chosen_parameters(Survey.of(model), selection)
+    remember(model, parameters)
     for name, p in parameters.items():
         if not p.requires_grad:
             raise ValueError(f"{name} is selected but does not require gradients: call .requires_grad_() on it")
@@ -101,8 +105,8 @@ class MaskedAdamW(Optimizer):
 
     # torch.amp.GradScaler then hands over grad_scale and found_inf, which the kernel applies.
     _step_supports_amp_scaling = True
-    # Compact values are written into their weights by the kernel that updates them, not after the step.
-    writes_attached_weights = True
+    # What the hooks of other optimizers' steps do is done in this one's step.
+    checks_attached_weights = True
 
     def __init__(
         self,
@@ -119,6 +123,7 @@ class MaskedAdamW(Optimizer):
         self._selections: dict[Tensor, WeightSelection] = {}
         self._views: dict[Tensor, tuple[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]] = {}
         self._learning_rates: dict[torch.device, tuple[tuple[Any, ...], Tensor]] = {}
+        self._plans: Plans | None = None
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -182,6 +187,7 @@ class MaskedAdamW(Optimizer):
         group["checksums"] = [checksum(selection) for selection in placed.values()]
         super().add_param_group(group)
         self._selections.update(placed)
+        self._plans = None
 
     def selections(self) -> dict[Tensor, WeightSelection]:
         """The chosen entries of every parameter of this optimizer; all of them where it is tuned whole."""
@@ -211,61 +217,86 @@ class MaskedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        plans = self._plans
+        if plans is not None and plans.fit(self.param_groups) and self._repeat(plans):
+            return loss
+        self._plans = None
+        check_optimizer(self)
+        places = remembered_places(p for group in self.param_groups for p in group["params"])
         calls: dict[tuple[Any, ...], list[tuple[nn.Parameter, dict[str, Any]]]] = {}
         for group in self.param_groups:
-            shared = (*group["betas"], group["eps"], group["maximize"])
+            coefficients = (float(group["betas"][0]), float(group["betas"][1]), float(group["eps"]), bool(group["maximize"]))
             for p in group["params"]:
                 if p.grad is not None:
                     if p.grad.is_sparse:
                         raise ValueError("MaskedAdamW takes dense gradients, found a sparse one")
                     if p not in self._selections:
                         raise ValueError(f"a parameter of shape {list(p.shape)} is new: add it with add_param_group()")
-                    calls.setdefault((p.device, *shared), []).append((p, group))
-        for (device, beta1, beta2, eps, maximize), members in calls.items():
-            self._update(device, members, beta1, beta2, eps, maximize)
+                    calls.setdefault((p.device, coefficients), []).append((p, group))
+        made = []
+        for (device, coefficients), found in calls.items():
+            members = [self._member(p, group) for p, group in found]
+            self._update(device, members, coefficients)
+            if not is_simulated(found[0][0]) and ops.backend_for("masked_adamw_", device) != "reference":
+                made.append(StepPlan(members, coefficients))
+        warn_of_missing(self)
+        if len(made) == len(calls) and all(plan.repeats for plan in made):
+            self._plans = Plans(self.param_groups, made, tuners_of(self), self.state, places)
         return loss
 
-    def _update(
-        self,
-        device: torch.device,
-        members: list[tuple[nn.Parameter, dict[str, Any]]],
-        beta1: float,
-        beta2: float,
-        eps: float,
-        maximize: bool,
-    ) -> None:
-        states = [self._state_of(p) for p, _ in members]
-        views = [self._view_of(p) for p, _ in members]
-        none = torch.empty(0, device=device)
-        grad_scale, found_inf = (
-            None if (value := getattr(self, name, None)) is None else value.to(device, torch.float32)
-            for name in ("grad_scale", "found_inf")
-        )
+    def _repeat(self, plans: Plans) -> bool:
+        """A step like the last one; ``False`` where it cannot be, and nothing has happened."""
+        with torch._C.DisableTorchFunctionSubclass():
+            gradients = [found for plan in plans.plans if (found := plan.gradients()) is not None]
+            if len(gradients) != len(plans.plans):
+                return False
+            for plan, found in zip(plans.plans, gradients, strict=True):
+                lrs: Tensor | list[float] = [group["lr"] for group in plan.groups]
+                if any(isinstance(lr, Tensor) for lr in lrs) or plan.groups[0]["capturable"]:
+                    lrs = self._learning_rates_of(plan.device, plan.groups)
+                plan.run(found, lrs, *self._scaling(plan.device), self._zero_grads)
+                plan.note()
+        return True
+
+    def _written(self, parameters: list[nn.Parameter], entries: list[SelectedEntries]) -> None:
+        """The kernel has changed values and weights alike, behind autograd's back."""
+        with torch._C.DisableTorchFunctionSubclass():
+            weights = [e.weight for e in entries]
+            torch.autograd.graph.increment_version([*parameters, *weights])
+            for e, weight in zip(entries, weights, strict=True):
+                e.seen.values_version, e.seen.weight_version = e.own._version, weight._version
+
+    def _update(self, device: torch.device, members: list[Member], coefficients: tuple[float, float, float, bool]) -> None:
         ops.masked_adamw_(
-            [view for view, _, _ in views],
-            [self._gradient_of(p) for p, _ in members],
-            [row_offsets for _, row_offsets, _ in views],
-            [columns for _, _, columns in views],
-            [
-                p if entries_of(p) is not None else state.get("master", none)
-                for (p, _), state in zip(members, states, strict=True)
-            ],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["step"] for state in states],
-            self._learning_rates_of(device, [group for _, group in members]),
-            [float(group["weight_decay"]) for _, group in members],
-            float(beta1),
-            float(beta2),
-            float(eps),
-            bool(maximize),
-            grad_scale,
-            found_inf,
+            [m.memory[0] for m in members],
+            [m.gradient for m in members],
+            [m.memory[1] for m in members],
+            [m.memory[2] for m in members],
+            [m.master for m in members],
+            *([m.state[key] for m in members] for key in ("exp_avg", "exp_avg_sq", "step")),
+            self._learning_rates_of(device, [m.group for m in members]),
+            [float(m.group["weight_decay"]) for m in members],
+            *coefficients,
+            *self._scaling(device),
             self._zero_grads,
         )
-        for p, _ in members:
-            if (entries := entries_of(p)) is not None:
-                entries.mark_written()  # the kernel wrote the values into the weight as well
+        entries = [m.entries for m in members if m.entries is not None]
+        for e in entries:
+            e.agreed.copy_(e.own)
+        self._written([m.parameter for m in members], entries)
+
+    def _scaling(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """What ``torch.amp.GradScaler`` hands over: ``(grad_scale, found_inf)``."""
+        scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return (
+            None if scale is None else scale.to(device, torch.float32),
+            None if skip is None else skip.to(device, torch.float32),
+        )
+
+    def _member(self, p: nn.Parameter, group: dict[str, Any]) -> Member:
+        entries, state = entries_of(p), self._state_of(p)
+        master = p if entries is not None else state.get("master", torch.empty(0, device=p.device))
+        return Member(p, entries, group, state, self._gradient_of(p), self._view_of(p), master)
 
     def _state_of(self, p: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
@@ -346,13 +377,18 @@ class MaskedAdamW(Optimizer):
         for i, p in zip(ids, params, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
                 if key in _STATE:
-                    self.state[p][key] = value.detach().to(p.device, torch.float32, copy=True)
+                    there = torch.as_tensor(value).detach()  # old optimizers counted steps in plain numbers
+                    self.state[p][key] = there.to(p.device, torch.float32, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_views", {})
         self.__dict__.setdefault("_learning_rates", {})
         self.__dict__.setdefault("_zero_grads", False)
+        self.__dict__["_plans"] = None
+        for group in self.param_groups:  # of a state from before there were these options
+            for name, value in (("maximize", False), ("capturable", False)):
+                group.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_selections": self._selections}

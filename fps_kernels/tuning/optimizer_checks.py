@@ -23,6 +23,11 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"lr must not be negative, got {lr}")
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise TypeError(f"betas must be two numbers, got {betas!r}")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError(f"betas must be two numbers or two tensors, got one of each: {betas!r}")
+    for i, beta in enumerate(betas):
+        if isinstance(beta, Tensor) and beta.numel() != 1:
+            raise ValueError(f"betas[{i}] must hold one number, got shape {list(beta.shape)}")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must lie in [0, 1), got {betas}")
     for name in ("eps", "weight_decay"):
@@ -49,7 +54,7 @@ def check_state(index: int, state: Mapping[str, Any] | None, nnz: int) -> None:
     if not state:
         return
     for key in ("step", "exp_avg", "exp_avg_sq"):
-        if not isinstance(state.get(key), Tensor):
+        if not isinstance(state.get(key), Tensor) and not (key == "step" and isinstance(state.get(key), Real)):
             raise ValueError(f"the state of parameter {index} lacks {key}")
     for key in ("exp_avg", "exp_avg_sq", "master"):
         if key in state and tuple(state[key].shape) != (nnz,):

@@ -5,42 +5,57 @@ that autograd makes keep its own input (GELU, LayerNorm) or that very output (Re
 computed from that, or the output is referred to.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fps_kernels import ops
+from fps_kernels.weights.matrix import is_simulated
+
+SMALL = 1 << 10  # numbers of an input that is kept as it is: to make it smaller would cost more than it saves
+
 # How an operation's node calls the output that it keeps, and operations that only look at their input another way.
-_KEPT_OUTPUTS = ("_raw_saved_result", "_raw_saved_output", "_raw_saved_out")
+_KEPT_OUTPUTS = ("result", "output", "out")
 _VIEWS = frozenset(
     f"{name}Backward0" for name in ("View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "Alias", "T", "Unsqueeze")
 )
+_RECOMPUTED = frozenset(("GeluBackward0", "NativeLayerNormBackward0"))
+_kept_output_of: dict[str, str] = {}  # by the class of a node, found when one is met
 
-Restore = Callable[..., Tensor]
-Kept = tuple[tuple[Tensor, ...], Restore]
+_GELU, _GELU_TANH = ops.Recomputed(ops.GELU), ops.Recomputed(ops.GELU_TANH)
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
-def keep(x: Tensor, channels: Tensor | None, dim: int | None, dtype: torch.dtype) -> Kept:
-    """Tensors to save, and the function that makes the needed part of ``x`` of them.
+# A node of an operation from which the input is computed again, a tensor, or nothing but the input itself. The node is asked
+# in the backward pass, where it is still to be run: it holds all then.
+Kept = Any
+
+
+def keep(x: Tensor, channels: Tensor | None, dim: int | None) -> Kept:
+    """What to keep of the input of a layer.
 
     Args:
         x: what a weight multiplies, or the numbers of its rows that are looked up.
         channels: int32 indices along ``dim`` that are needed, ``None`` for all.
         dim: the dimension of the channels; ``None`` where all of ``x`` is needed.
-        dtype: what the layer computes in; the part is kept in that dtype.
 
     Returns:
-        The tensors, and ``restore(*tensors)``.
+        ``None`` for ``x`` itself, a tensor for its needed channels, and where there is nothing to keep the node that made
+        ``x``. The tensor is connected with ``x``, so that a gradient of the gradient finds its way.
     """
-    if not x.is_floating_point():
-        return (x,), _itself
-    if (found := _recomputed(x, channels, dim, dtype)) is not None:
-        return found
-    if channels is not None and x.dtype == dtype and is_kept_anyway(x):
-        return (x.detach(),), lambda whole: take(whole, channels, dim)
-    return (take(x.detach(), channels, dim).to(dtype),), _itself
+    if x.numel() <= SMALL or not x.is_floating_point():
+        return None
+    # A hook (checkpointing, offloading) would have to run to get at what a node keeps.
+    if _hooks(False) is None and (node := _recomputable(x, dim)) is not None:
+        return node
+    if channels is None or dim is None or is_kept_anyway(x):
+        return None
+    part = take(x, channels, dim)
+    if torch.is_autocast_enabled(x.device.type):
+        part = part.to(torch.get_autocast_dtype(x.device.type))
+    return part
 
 
 def take(x: Tensor, channels: Tensor | None, dim: int | None) -> Tensor:
@@ -53,72 +68,93 @@ def take(x: Tensor, channels: Tensor | None, dim: int | None) -> Tensor:
     return rows.view(*x.shape[:-1], channels.numel())
 
 
-def _itself(x: Tensor) -> Tensor:
-    return x
-
-
-def _saved(node: Any, name: str) -> Tensor | None:
-    """What an autograd node keeps, unless a hook (checkpointing, offloading) would have to run to get at it."""
-    raw = getattr(node, f"_raw_saved_{name}", None)
-    if raw is None or getattr(raw, "unpack_hook", raw) is not None:
-        return None
-    value: Tensor | None = getattr(node, f"_saved_{name}")
-    return None if value is None else value.detach()
-
-
-def _hooked() -> bool:
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
-def _recomputed(x: Tensor, channels: Tensor | None, dim: int | None, dtype: torch.dtype) -> Kept | None:
-    node = x.grad_fn
-    if node is None or _hooked() or x._version:
+def _recomputable(x: Tensor, dim: int | None) -> Any:
+    """The node that made ``x``, if what it keeps tells all of ``x``."""
+    node: Any = x.grad_fn
+    kind = type(node).__name__  # cheaper than its name()
+    if kind not in _RECOMPUTED or x._version:
         return None  # changed in place where autograd does not look: it is not what the node made any more
-    kind = node.name()
     if kind == "GeluBackward0":
-        source, approximate = _saved(node, "self"), getattr(node, "_saved_approximate")  # noqa: B009 a node has no type
-        if source is None or source.shape != x.shape:
-            return None
-        return (source,), lambda s: F.gelu(take(s, channels, dim), approximate=approximate).to(dtype)
-    if kind == "NativeLayerNormBackward0" and dim == x.dim() - 1:
-        source, mean, scale = (_saved(node, name) for name in ("input", "result1", "result2"))
-        if source is None or mean is None or scale is None or mean.shape != (*x.shape[:-1], 1):
-            return None
-        if mean.dtype != torch.float32:
-            return None  # rounded to 16 bits, unlike the mean that the forward pass used
-        weight, bias = _saved(node, "weight"), _saved(node, "bias")
-        affine = tuple(p for p in (weight, bias) if p is not None)
+        return node if _is_plain(node._raw_saved_self) else None
+    if dim != x.dim() - 1 or not _is_plain(node._raw_saved_input):
+        return None
+    if x.dtype is not torch.float32 and node._saved_result1.dtype is not torch.float32:
+        return None  # a mean that is rounded to 16 bits, unlike the one that the forward pass used
+    return node
 
-        def normalise(source: Tensor, mean: Tensor, scale: Tensor, *affine: Tensor) -> Tensor:
-            # Two passes, each one operation: the memory of the columns is what this costs.
-            columns = torch.addcmul(-mean * scale, take(source, channels, dim).float(), scale)
-            if weight is not None and bias is not None:
-                torch.addcmul(take(affine[1], channels, 0), columns, take(affine[0], channels, 0), out=columns)
-            elif weight is not None:
-                columns.mul_(take(affine[0], channels, 0))
-            elif bias is not None:
-                columns.add_(take(affine[0], channels, 0))
-            return columns.to(dtype)
 
-        return (source, mean, scale, *affine), normalise
-    return None
+def _is_plain(saved: Any) -> bool:
+    """Whether what a node keeps is there, and no hook has to run."""
+    return getattr(saved, "unpack_hook", saved) is None
+
+
+def kept_numbers(node: Any) -> tuple[Tensor, ops.Recomputed]:
+    """What a node keeps of its input, and how its output is made of that."""
+    if type(node).__name__ == "GeluBackward0":
+        return node._saved_self, _GELU_TANH if node._saved_approximate == "tanh" else _GELU
+    mean, scale = node._saved_result1, node._saved_result2
+    return node._saved_input, ops.Recomputed(ops.LAYER_NORM, mean, scale, node._saved_weight, node._saved_bias)
+
+
+def suits_kernel(x: Tensor, how: ops.Recomputed) -> bool:
+    """Whether a kernel that computes inputs again can do so: of rows that were normalised one by one, in full precision."""
+    mean, weight = how.mean, how.weight
+    return mean is None or (mean.numel() * x.shape[-1] == x.numel() and (weight is None or weight.dtype is torch.float32))
+
+
+class _NormalisedAgain(torch.autograd.Function):
+    """LayerNorm's output from its mean and scale; the node that is asked does not keep its epsilon."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, scale: Tensor, shape: Any
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, mean, scale)
+        ctx.shape = list(shape)
+        return ops.normalised(x, mean, scale, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, scale = ctx.saved_tensors
+        wanted = [bool(wants) for wants in ctx.needs_input_grad[:3]]
+        gradients = torch.ops.aten.native_layer_norm_backward(
+            gy.to(x.dtype), x, ctx.shape, mean, scale, weight, bias, wanted
+        )
+        return (*(g if wants else None for g, wants in zip(gradients, wanted, strict=True)), None, None, None)
+
+
+def computed_again(node: Any, channels: Tensor | None, dim: int | None, dtype: torch.dtype) -> Tensor:
+    """The needed channels of the input, in operations that can be differentiated where gradients are enabled."""
+    source, how = kept_numbers(node)
+    if how.operation != ops.LAYER_NORM:
+        approximate = "tanh" if how.operation == ops.GELU_TANH else "none"
+        return F.gelu(take(source, channels, dim), approximate=approximate).to(dtype)
+    assert how.mean is not None
+    assert how.scale is not None
+    if torch.is_grad_enabled():
+        shape = tuple(node._saved_normalized_shape)
+        normal: Tensor = _NormalisedAgain.apply(source, how.weight, how.bias, how.mean, how.scale, shape)
+        return take(normal, channels, dim).to(dtype)
+    weight, bias = (None if p is None else take(p, channels, p.dim() - 1) for p in (how.weight, how.bias))
+    return ops.normalised(take(source, channels, dim), how.mean, how.scale, weight, bias).to(dtype)
 
 
 def is_kept_anyway(x: Tensor) -> bool:
     """Whether the memory of ``x`` is an output that the operation which made it keeps for its own backward."""
-    if _hooked():
+    if _hooks(False) is not None:
         return False
-    node = x.grad_fn
-    while node is not None and node.name() in _VIEWS:
+    node: Any = x.grad_fn
+    while (name := type(node).__name__) in _VIEWS:
         node = node.next_functions[0][0]
-    if node is None:
+    if name not in _kept_output_of:
+        _kept_output_of[name] = next((kept for kept in _KEPT_OUTPUTS if hasattr(node, f"_raw_saved_{kept}")), "")
+    kept = _kept_output_of[name]
+    if not kept or not _is_plain(getattr(node, f"_raw_saved_{kept}")):
         return False
-    memory = x.untyped_storage()._cdata
-    for name in _KEPT_OUTPUTS:
-        raw = getattr(node, name, None)
-        if raw is None or getattr(raw, "unpack_hook", raw) is not None:
-            continue
-        value = getattr(node, name.replace("_raw", "", 1))
-        if isinstance(value, Tensor) and value.untyped_storage()._cdata == memory:
-            return True
-    return False
+    value = getattr(node, f"_saved_{kept}")
+    if not isinstance(value, Tensor):
+        return False
+    if is_simulated(x):
+        return bool(value.untyped_storage()._cdata == x.untyped_storage()._cdata)
+    there: bool = value.data_ptr() == x.data_ptr()  # in between are views that begin where it does
+    return there

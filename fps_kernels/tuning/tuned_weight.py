@@ -6,19 +6,34 @@ to is called by way of this file, which puts one more autograd node behind the r
 
 import copy
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.overrides import resolve_name
 
+from fps_kernels.tuning.agreement import Seen
 from fps_kernels.tuning.compact_values import SelectedEntries
-from fps_kernels.tuning.gradient_nodes import with_sampled_gradient, without_gradient
+from fps_kernels.tuning.gradient_nodes import compiled_gradient, without_gradient
+from fps_kernels.tuning.layer_nodes import Layer, tuned_layer, tuned_linear
 from fps_kernels.weights.attention import opened_attention
 from fps_kernels.weights.kinds import READERS, Call, WeightKind
 from fps_kernels.weights.kinds.linear import LINEAR
+from fps_kernels.weights.matrix import is_simulated
+
+_F_LINEAR = F.linear
+_overrides_off = torch._C.DisableTorchFunctionSubclass
+_is_compiling = torch.compiler.is_compiling
+_gradients_enabled = torch.is_grad_enabled
+_is_transformed = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_in_backward = torch._C._current_graph_task_id
+_PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 class TunedWeight(nn.Parameter):
@@ -32,14 +47,19 @@ class TunedWeight(nn.Parameter):
         entries: the chosen entries and their values.
         rows: for a part: the half-open range of the weight's rows that it is.
         transposed: for a part: it is the transposed weight.
+        direct: a whole matrix, whose rows are output neurons.
     """
 
     entries: SelectedEntries
     rows: tuple[int, int] | None
     transposed: bool
+    direct: bool
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is _F_LINEAR and not kwargs and not _is_compiling():
+            with _overrides_off():
+                return _linear(*args)
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             return _OPEN_ATTENTION(*args, **kwargs)  # arrives here again, at each of its projections
@@ -52,11 +72,12 @@ class TunedWeight(nn.Parameter):
     def __deepcopy__(self, memo: dict[int, Any]) -> "TunedWeight":
         if id(self) in memo:
             return cast(TunedWeight, memo[id(self)])
-        self.entries.synchronise()
-        with torch._C.DisableTorchFunctionSubclass():
+        self.entries.settle()
+        with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
             copied = become_tuned(nn.Parameter(self.data.clone(memory_format=torch.preserve_format), requires_grad=False))
         memo[id(self)] = copied
-        copied.entries = copy.deepcopy(self.entries, memo)
+        copied.entries, copied.rows, copied.transposed = copy.deepcopy(self.entries, memo), self.rows, self.transposed
+        copied.direct = self.direct
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -73,26 +94,87 @@ def become_tuned(weight: Tensor) -> TunedWeight:
     """Make a weight an attached one, in place, so that all that refers to it sees it; its ``entries`` are to be set."""
     weight.__class__ = _SimulatedTunedWeight if isinstance(weight, FakeTensor) else TunedWeight
     tuned = cast(TunedWeight, weight)
-    tuned.rows, tuned.transposed = None, False
+    tuned.rows, tuned.transposed, tuned.direct = None, False, False
     return tuned
 
 
-def become_plain(weight: TunedWeight) -> None:
+def hold(entries: SelectedEntries) -> None:
+    """Make the weight know its entries, where it does not (any more)."""
+    weight = entries.weight
+    if not isinstance(weight, TunedWeight):
+        tuned = become_tuned(weight)
+        tuned.entries, tuned.direct = entries, weight.dim() == 2 and not entries.layout.transposed
+        nn.Parameter.requires_grad_(weight, False)
+
+
+def become_plain(weight: Tensor) -> None:
     """The reverse of :func:`become_tuned`."""
+    if not isinstance(weight, TunedWeight):
+        return  # torch has swapped what it is with another tensor
     weight.__class__ = FakeTensor if isinstance(weight, FakeTensor) else nn.Parameter  # type: ignore[assignment]
-    for name in ("entries", "rows", "transposed"):
+    for name in ("entries", "rows", "transposed", "direct"):
         del weight.__dict__[name]
 
 
-def _wants_gradient(weight: TunedWeight) -> bool:
-    entries = weight.entries
-    if not torch.compiler.is_compiling():
-        entries.check_devices()
-        entries.synchronise()  # whoever changed the values, or the weight: this multiplication uses what they are now
-    return torch.is_grad_enabled() and entries.values.requires_grad
-
-
 # ------------------------------------------------------------------------------------------------ multiplications
+
+
+def _follow(seen: Seen) -> None:
+    """Whoever changed the values, or the weight, since they agreed: this multiplication uses what they are now."""
+    for scope in seen.scopes:
+        if scope.thread:  # they agreed when that pass began: who writes inside of it leaves a trace
+            if seen.values._version != seen.values_version or seen.weight._version != seen.weight_version:
+                seen.entries.settle()
+            return
+    if _in_backward() < 0 or seen.moved():
+        seen.entries.settle()
+        if len(seen.scopes) == 1:
+            seen.scopes[0].open_inner()
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """``F.linear`` as nearly every layer calls it; what is unusual goes the general way."""
+    if (
+        type(weight) is TunedWeight
+        and weight.direct
+        and type(x) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+        and not _dispatch_modes()
+        and not _is_transformed()
+        and forward_ad._current_level < 0
+    ):
+        seen = weight.entries.seen
+        values = seen.values
+        if seen.parameters["values"] is values:
+            _follow(seen)
+            if _gradients_enabled() and values.requires_grad:
+                return tuned_linear(x, bias, seen)
+            return F.linear(x, weight, bias)
+    return _multiply(F.linear, x, weight, bias)
+
+
+def _linear_forward(module: nn.Linear, input: Tensor) -> Tensor:
+    """``nn.Linear.forward`` by the shorter way: what torch does to find the override, and to look up parameters in a module,
+    costs as much as the layer's node. Whatever is not as it was attached goes the usual way."""
+    parameters = module._parameters
+    weight = parameters["weight"]
+    if type(weight) is TunedWeight and not _function_modes() and not _is_compiling():
+        with _overrides_off():
+            y: Tensor = _linear(input, weight, parameters["bias"])
+            return y
+    return F.linear(input, module.weight, module.bias)
+
+
+def shorten(owner: nn.Module) -> None:
+    """Let a module call :func:`_linear_forward`, if it is a linear layer and nobody has replaced its ``forward``."""
+    if type(owner) is nn.Linear and "forward" not in owner.__dict__:
+        owner.__dict__["forward"] = MethodType(_linear_forward, owner)
+
+
+def lengthen(owner: nn.Module) -> None:
+    """The reverse of :func:`shorten`. A method that somebody else holds by now goes the usual way."""
+    if getattr(owner.__dict__.get("forward"), "__func__", None) is _linear_forward:
+        del owner.__dict__["forward"]
 
 
 def _multiply(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,9 +182,21 @@ def _multiply(func: Any, *args: Any, **kwargs: Any) -> Any:
     call = READERS[func](*args, **kwargs)
     if call is None or not _serves(call):
         return _elsewhere(func, *args, **kwargs)
-    wanted = _wants_gradient(call.weight)
-    y = func(*args, **kwargs)
-    return _multiplied(y, call.input, call.weight, call.kind, call.weight.rows) if wanted else y
+    weight, x = call.weight, call.input
+    entries = weight.entries
+    values = entries._parameters["values"]
+    if _is_compiling():
+        wanted = _gradients_enabled() and values.requires_grad
+        y = func(*args, **kwargs)
+        return _compiled(y, x, weight, call.kind, weight.rows) if wanted else y
+    layer = Layer(func, args, kwargs, call.kind, weight, entries, weight.rows, call.kind.channel_dim(x))
+    if _is_transformed() or forward_ad._current_level >= 0 or values is not entries.own:
+        return _transformed(layer, values)
+    if not is_simulated(entries.own):
+        _follow(entries.seen)
+    if not _gradients_enabled() or not values.requires_grad:
+        return func(*args, **kwargs)
+    return tuned_layer(layer, x, call.others[0] if call.others else None, values)
 
 
 def _serves(call: Call) -> bool:
@@ -114,7 +208,17 @@ def _serves(call: Call) -> bool:
     return call.transposed == (weight.transposed != weight.entries.layout.transposed)
 
 
-def _multiplied(y: Tensor, x: Tensor, weight: TunedWeight, kind: WeightKind, rows: tuple[int, int] | None) -> Tensor:
+def _transformed(layer: Layer, values: Tensor) -> Any:
+    """Inside of a transform of functions (``torch.func``, forward-mode derivatives) or of a functional call: the weight as a
+    function of the values, and whatever derivative of that is asked for. It is as large as the weight."""
+    weight = layer.effective_weight(values)
+    if weight.dtype != layer.weight.dtype:
+        weight = weight.to(layer.weight.dtype)
+    args = tuple(weight if a is layer.weight else a for a in layer.args)
+    return layer.function(*args, **{k: weight if a is layer.weight else a for k, a in layer.kwargs.items()})
+
+
+def _compiled(y: Tensor, x: Tensor, weight: TunedWeight, kind: WeightKind, rows: tuple[int, int] | None) -> Tensor:
     entries = weight.entries
     values: Tensor = entries.values
     row_offsets, columns, channels = entries.row_offsets, entries.columns, entries.distinct
@@ -125,7 +229,7 @@ def _multiplied(y: Tensor, x: Tensor, weight: TunedWeight, kind: WeightKind, row
         begin, end = entries.begin_of(first), entries.begin_of(last)
         values, columns = values[begin:end], columns[begin:end]
         row_offsets = row_offsets[first : last + 1] - begin
-    return with_sampled_gradient(y, x, values, row_offsets, columns, channels, kind)
+    return compiled_gradient(y, x, values, row_offsets, columns, channels, kind)
 
 
 def _projection(input: Tensor, weight: Any, bias: Any = None) -> Any:
@@ -142,11 +246,11 @@ def _packed_projections(q: Tensor, k: Tensor, v: Tensor, w: Any, b: Any = None) 
     # Parts of a weight are plain tensors to a compiler: it is told here which rows they are.
     width, projected = q.shape[-1], []
     with torch._C.DisableTorchFunctionSubclass():
-        wanted = _wants_gradient(w)
+        wanted = torch.is_grad_enabled() and w.entries.values.requires_grad
         for i, x in enumerate((q, k, v)):
             rows = (i * width, (i + 1) * width)
             y = F.linear(x, w[rows[0] : rows[1]], None if b is None else b[rows[0] : rows[1]])
-            projected.append(_multiplied(y, x, w, LINEAR, rows) if wanted else y)
+            projected.append(_compiled(y, x, w, LINEAR, rows) if wanted else y)
     return projected
 
 
@@ -243,9 +347,12 @@ def _elsewhere(func: Any, *args: Any, **kwargs: Any) -> Any:
         f"a gradient reached {weight.entries.name} through {resolve_name(func) or func}, which attach() does not know: "
         "exclude that weight from the selection, or use weight.detach() there"
     )
-    changed = next((a for a in args[:1] if isinstance(a, Tensor) and (result is a or func is Tensor.__setitem__)), None)
-    if changed is not None or kwargs.get("out") is not None:  # written into another tensor, which may be in use elsewhere
-        raise RuntimeError(message)
+    out = kwargs.get("out")
+    written = [t for t in (out if isinstance(out, list | tuple) else (out, *args[:1])) if isinstance(t, Tensor)]
+    if out is not None or func is Tensor.__setitem__ or any(result is t for t in written):
+        if any(t.requires_grad for t in written):  # part of a computation, and in use elsewhere: its node cannot be wrapped
+            raise RuntimeError(message)
+        return result  # a buffer that numbers are copied into, as an average of weights
     return without_gradient(result, weight.entries.values, message)
 
 

@@ -1,5 +1,6 @@
 """A model of which only chosen entries are trained."""
 
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
@@ -8,9 +9,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fps_kernels.selection import Selection
+from fps_kernels.tuning.agreement import Agreement, Scope
 from fps_kernels.tuning.compact_values import SelectedEntries
 from fps_kernels.tuning.groups import Options, grouped
-from fps_kernels.tuning.tuned_weight import become_plain
+from fps_kernels.tuning.optimizer_checks import checksum
+from fps_kernels.tuning.places import Place, all_there, find_places
+from fps_kernels.tuning.tuned_weight import become_plain, lengthen
 
 
 class Tuner:
@@ -38,15 +42,20 @@ class Tuner:
         self._description = description
         self._frozen: dict[nn.Parameter, bool] = {}
         self._loading: RemovableHandle | None = None
+        self._scope: Scope | None = None
+        self._compared = False
+        self._found: list[Place] | None = None
 
     @property
     def compact(self) -> dict[str, nn.Parameter]:
         """The values of the chosen entries, float32 ``[nnz]`` in CSR order, by the names of their weights."""
+        self.settle()
         return {name: e.values for name, e in self._entries.items()}
 
     @property
     def selection(self) -> Selection:
         """What was attached."""
+        self.settle()
         weights = {name: e.selection for name, e in self._entries.items()}
         return Selection(weights, tuple(self.dense), description=dict(self._description))
 
@@ -78,14 +87,98 @@ class Tuner:
         groups = grouped(self.named_parameters(), options)
         return [{"params": list(members.values()), **chosen} for chosen, members in groups]
 
-    def write_back(self) -> None:
-        """Write the compact values into the weights. Optimizers that are a ``torch.optim.Optimizer`` do so by themselves.
+    def settle(self) -> None:
+        """Let values and weights agree: of whichever changed, however it was, the other takes over what it holds.
 
-        So does the next forward pass outside a compiled graph, and ``model.state_dict()``; call this after changing
-        ``compact`` values by hand in front of anything else.
+        This happens by itself at the begin of every forward pass outside a compiled graph, before and after every step of a
+        ``torch.optim.Optimizer``, and with everything that reads values or weights from here, from ``model.state_dict()`` or
+        by :func:`fps_kernels.save_delta` and its like. Call it after changing ``compact`` values by hand in front of
+        anything else, such as ``module.weight`` itself. Where both changed the values count.
+
+        Raises:
+            ValueError: values on another device than their weight.
         """
+        if self._scope is not None:
+            self._scope.agreement.settle()
+
+    def write_back(self) -> None:
+        """Write the compact values into the weights, whatever these hold. See :meth:`settle`, which is mostly wanted."""
         for e in self._entries.values():
             e.write_back()
+
+    @property
+    def agreement(self) -> Agreement:
+        """Of all its weights.
+
+        Raises:
+            ValueError: the tuner is detached.
+        """
+        if self._scope is None:
+            raise ValueError("the tuner is detached")
+        return self._scope.agreement
+
+    @property
+    def attached(self) -> bool:
+        """Whether the weights still follow the values."""
+        return self._scope is not None
+
+    @property
+    def weights(self) -> int:
+        """Number of weights of which entries are chosen."""
+        return len(self._entries)
+
+    def places(self) -> list[Place]:
+        """Where its parameters are in the model: each step of a path to each of them.
+
+        Raises:
+            ValueError: the model has not all of them any more. With the name of one, and what to do.
+        """
+        wanted: dict[str, Tensor] = {name: e.weight for name, e in self._entries.items()}
+        places, missing = find_places(self.model, {**wanted, **self.dense})
+        for e in self._entries.values():
+            e.check_place()
+            places.append((e._parameters, "values", e.own))
+        if missing:
+            what = (
+                "its selected values reach no weight" if missing[0] in wanted else "it is trained whole, and would not move"
+            )
+            raise ValueError(
+                f"{missing[0]} was replaced since attach(), by itself or with its module: {what}. Attach again, after "
+                "whatever replaces parameters (a new head, resized embeddings, sharding)"
+            )
+        return places
+
+    def check_places(self) -> None:
+        """Refuse to go on where the model has other parameters by now than when it was attached. See :meth:`places`."""
+        if self._found is None or not all_there(self._found):
+            self._found = None
+            self._found = self.places()
+
+    def compare_across_processes(self, group: Any) -> None:
+        """Once: refuse to train if the processes of a group chose different entries. All of them have to call it.
+
+        Raises:
+            RuntimeError: on every process, if selections differ.
+        """
+        if self._compared:
+            return
+        self._compared = True
+        device = next(iter(self._entries.values())).own.device
+        mine = torch.tensor([self._checksum()], dtype=torch.int64, device=device)
+        everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
+        torch.distributed.all_gather(everyone, mine, group=group)
+        sums = [int(one) for one in everyone]
+        other = next((rank for rank, one in enumerate(sums) if one != sums[0]), None)
+        if other is not None:
+            raise RuntimeError(
+                f"process {other} of {len(sums)} attached another selection than process 0, and gradients would be averaged "
+                "entry by entry over different entries: choose in one process and load its file in all, or choose from "
+                "statistics that were merged with stats.all_reduce()"
+            )
+
+    def _checksum(self) -> int:
+        sums = [checksum(e.selection) for e in self._entries.values()]
+        return zlib.crc32(repr((list(self._entries), sums, list(self.dense))).encode())
 
     def state_dict(self) -> dict[str, Tensor]:
         """The compact values, float32, by the names of their weights.
@@ -112,7 +205,7 @@ class Tuner:
                 )
         for name, p in compact.items():
             p.copy_(state[name])
-        self.write_back()
+        self.write_back()  # also where a weight has changed meanwhile
 
     def detach(self) -> None:
         """Leave a plain model with the tuned weights; parameters require gradients as before :func:`attach`.
@@ -121,15 +214,18 @@ class Tuner:
         """
         try:
             for e in self._entries.values():
-                if e.attached:
-                    e.synchronise()
+                e.settle()
         finally:
             for e in self._entries.values():
                 if e.attached:
-                    become_plain(e.release())  # type: ignore[arg-type]
+                    lengthen(e.owner)
+                    become_plain(e.release())
             for p, flag in self._frozen.items():
                 p.requires_grad_(flag)
             self._frozen.clear()
+            if self._scope is not None:
+                self._scope.remove()
+                self._scope = None
             if self._loading is not None:
                 self._loading.remove()
 

@@ -13,6 +13,7 @@ import timm.utils
 import torch
 import torch.nn.functional as F
 import transformers
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -168,3 +169,34 @@ def test_lightning(tmp_path):
     assert_only_selected_moved(module, before, selection)
     fps.load_delta(tmp_path / "task.safetensors").apply_(base)
     assert torch.equal(base.body.weight, module.body.weight)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["choice first", "average first"])
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
+        lambda: WeightAveraging(avg_fn=lambda mean, new, count: 0.5 * mean + 0.5 * new),
+    ],
+    ids=["stochastic", "exponential"],
+)
+def test_lightning_averages_what_is_tuned(tmp_path, average, order):
+    """The averages are in the module at the end, and what is saved is them."""
+    module = Classifier()
+    base = copy.deepcopy(module)
+    loader = DataLoader(TensorDataset(torch.randn(12, 12), torch.arange(12) % 3), batch_size=4)
+    tuning = TuneSelected(lambda m: fps.select(m, loader, budget=fps.PerNeuron(2)), delta=tmp_path / "task.safetensors")
+    trainer = lightning.Trainer(
+        max_epochs=3,
+        callbacks=[tuning, average()][::order],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, loader)
+    tuned = copy.deepcopy(base)
+    fps.load_delta(tmp_path / "task.safetensors").apply_(tuned)
+    final = module.state_dict()
+    assert all(torch.equal(p, final[name]) for name, p in tuned.state_dict().items())
+    assert not torch.equal(tuned.body.weight, base.body.weight)

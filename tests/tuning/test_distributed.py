@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import fps_kernels as fps
@@ -74,9 +76,9 @@ def process() -> None:
     gc.collect()
 
 
-def test_two_processes_equal_one(tmp_path):
+def in_two_processes(function: str, tmp_path: Path) -> None:
     environment = {**os.environ, "FPS_TEST_MEETING": f"file://{tmp_path}/meeting"}
-    command = [sys.executable, "-c", "from tests.tuning.test_distributed import process; process()"]
+    command = [sys.executable, "-c", f"from tests.tuning.test_distributed import {function}; {function}()"]
     root = Path(__file__).parents[2]
     running = [
         subprocess.Popen(command, cwd=root, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
@@ -85,6 +87,80 @@ def test_two_processes_equal_one(tmp_path):
     for child in running:
         _, errors = child.communicate(timeout=240)
         assert child.returncode == 0, errors
+
+
+def test_two_processes_equal_one(tmp_path):
+    in_two_processes("process", tmp_path)
+
+
+def processes_that_differ() -> None:
+    """Each chooses for itself, from data of its own."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=os.environ["FPS_TEST_MEETING"], rank=rank, world_size=2)
+    torch.manual_seed(4)
+    model = Classifier()
+    mask = torch.zeros(model.hidden.weight.shape, dtype=torch.bool)
+    mask[:, rank] = True  # as many entries, other ones
+    fps.attach(model, {"hidden.weight": mask})
+    wrapped = DistributedDataParallel(model)
+    with pytest.raises(RuntimeError, match="process 1 of 2 attached another selection than process 0"):
+        wrapped(images())
+    del wrapped, model
+    mask[0, 5 : 5 + rank] = (
+        True  # more on one of the two: DDP itself sees that sizes differ, and neither waits for the other
+    )
+    other = Classifier()
+    fps.attach(other, {"hidden.weight": mask})
+    with pytest.raises(RuntimeError):
+        DistributedDataParallel(other)
+    dist.destroy_process_group()
+    gc.collect()
+
+
+def test_processes_that_chose_differently_are_refused(tmp_path):
+    in_two_processes("processes_that_differ", tmp_path)
+
+
+def sharded_later() -> None:
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=os.environ["FPS_TEST_MEETING"], rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    model, tuner = model_and_tuner()
+    optimizer = fps.MaskedAdamW(tuner)
+    optimizer.step()
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(ValueError, match="embed.weight was replaced since attach"):
+        model(images())
+    with pytest.raises(ValueError, match="was replaced since attach"):
+        optimizer.step()
+    plain = Classifier()
+    masked = fps.MaskedAdamW(fps.masked_parameters(plain, {"hidden.weight": torch.rand(20, 12) < 0.5}))
+    fully_shard(plain, mesh=mesh)
+    with pytest.raises(ValueError, match="hidden.weight was replaced since masked_parameters"):
+        masked.step()
+
+    model, tuner = model_and_tuner()  # whose values are stepped on one process each, and sent to the others through .data
+    wrapped = DistributedDataParallel(model)
+    shared = ZeroRedundancyOptimizer(list(tuner.parameters()), torch.optim.AdamW, lr=0.1)
+    before = model.hidden.weight.detach().clone()
+    for x, y in zip(*data(), strict=True):
+        F.cross_entropy(wrapped(x[rank::2]), y[rank::2]).backward()
+        shared.step()
+        shared.zero_grad()
+    values = tuner.compact["hidden.weight"].detach()
+    weight = model.hidden.weight.detach()
+    assert torch.equal(weight[tuner.selection["hidden.weight"].mask()], values)
+    assert not torch.equal(weight, before)
+    others = [torch.empty_like(values) for _ in range(2)]
+    dist.all_gather(others, values)
+    assert torch.equal(*others)
+    dist.destroy_process_group()
+    del wrapped, shared
+    gc.collect()
+
+
+def test_sharding_after_attach(tmp_path):
+    in_two_processes("sharded_later", tmp_path)
 
 
 def test_attach_after_wrapping_is_refused():

@@ -334,3 +334,42 @@ def test_schedule_free():
     assert not torch.equal(model(batch[0]), training)
     for name, p in tuner.compact.items():
         assert torch.equal(model.state_dict()[name][tuner.selection.masks()[name]], p.detach())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.5),
+        lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+        lambda p: fps.MaskedAdamW(p, lr=0.1),
+    ],
+    ids=["SGD", "AdamW", "MaskedAdamW"],
+)
+def test_optimizers_that_step_in_the_backward_pass(make):
+    """One for each parameter, so that no gradient lives longer than its step: the same bits as steps after it."""
+
+    def run(in_backward: bool) -> dict[str, torch.Tensor]:
+        model = copy.deepcopy(base)
+        tuner = fps.attach(model, selection)
+        optimizers = {p: make([p]) for p in tuner.parameters()}
+
+        def step(p: torch.Tensor) -> None:
+            optimizers[p].step()
+            optimizers[p].zero_grad()
+
+        if in_backward:
+            for p in optimizers:
+                p.register_post_accumulate_grad_hook(step)
+        for _ in range(3):
+            model(x).square().mean().backward()
+            if not in_backward:
+                for p in optimizers:
+                    step(p)
+        tuner.detach()
+        return copy_of(model)
+
+    base, x = Classifier(), images()
+    selection = fps.select(base, [x], budget=fps.PerNeuron(2))
+    after, inside = run(False), run(True)
+    assert all(torch.equal(inside[name], value) for name, value in after.items())
+    assert any(not torch.equal(inside[name], p) for name, p in base.named_parameters())

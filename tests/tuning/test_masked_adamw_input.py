@@ -141,3 +141,39 @@ def test_bad_input():
         optimizer = fps.MaskedAdamW(embedding.parameters())
         embedding(torch.tensor([1])).sum().backward()
         optimizer.step()
+
+
+def test_a_state_from_before_there_were_all_options():
+    model = Classifier()
+    selection = selected(model)
+    optimizer = fps.MaskedAdamW(fps.masked_parameters(model, selection), **RATES)
+    train(model, optimizer, [labelled()])
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        del group["maximize"], group["capturable"]
+    for of_one in state["state"].values():
+        of_one["step"] = float(of_one["step"])
+    twin = copy.deepcopy(model)
+    loaded = fps.MaskedAdamW(fps.masked_parameters(twin, selection), **RATES)
+    loaded.load_state_dict(state)
+    assert all(group["maximize"] is False and group["capturable"] is False for group in loaded.param_groups)
+    batch = labelled()
+    for one, own in ((model, optimizer), (twin, loaded)):
+        train(one, own, [batch])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_betas_are_numbers_or_tensors():
+    p = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="betas must be two numbers or two tensors, got one of each"):
+        fps.MaskedAdamW([p], betas=(torch.tensor(0.9), 0.999))
+    with pytest.raises(ValueError, match=r"betas\[1\] must hold one number, got shape \[2\]"):
+        fps.MaskedAdamW([p], betas=(torch.tensor(0.9), torch.tensor([0.9, 0.9])))
+    q = nn.Parameter(torch.ones(3))
+    tensors = fps.MaskedAdamW([p], betas=(torch.tensor(0.8), torch.tensor(0.9)))
+    numbers = fps.MaskedAdamW([q], betas=(0.800000011920929, 0.8999999761581421))
+    for _ in range(3):
+        for one, optimizer in ((p, tensors), (q, numbers)):
+            one.grad = torch.tensor([1.0, 2.0, 3.0])
+            optimizer.step()
+    assert torch.equal(p, q)

@@ -1,0 +1,265 @@
+"""Values and weights agree by what they hold: whoever changes one of them, however, is followed by the other.
+
+Version counters would miss what is written through ``.data``, which weight averaging, sharpness-aware steps, merging of
+adapters and sharded optimizers do. Hence what both agreed on last is kept, and one call compares all three
+(:func:`fps_kernels.ops.agree_values_`): of a side that differs from it the other takes over what it holds, and the values
+count where both do.
+"""
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fps_kernels import ops
+from fps_kernels.weights.matrix import is_simulated
+
+if TYPE_CHECKING:
+    from fps_kernels.tuning.compact_values import SelectedEntries
+
+_SCOPE = "_selected_entries_scope"
+_overrides_off = torch._C.DisableTorchFunctionSubclass
+_is_transformed = torch._C._are_functorch_transforms_active
+_in_backward = torch._C._current_graph_task_id
+
+
+class Seen:
+    """What a multiplication asks of an attached weight, in one place, which costs less than the modules that it is from; and
+    what told of both sides, without looking at numbers, when they agreed last.
+
+    Attributes:
+        entries: the chosen entries.
+        parameters: of ``entries``: where its values are, or what a functional call has put there for a while.
+        values: the values.
+        weight: the weight.
+        scopes: the forward passes at whose begin both agree.
+        distinct: the columns that carry entries, or ``None``.
+        whole: the entries in the columns of the weight.
+        part: the entries in the columns among ``distinct``.
+    """
+
+    __slots__ = (
+        "distinct",
+        "entries",
+        "parameters",
+        "part",
+        "scopes",
+        "values",
+        "values_address",
+        "values_version",
+        "weight",
+        "weight_address",
+        "weight_version",
+        "whole",
+    )
+
+    def __init__(self, entries: "SelectedEntries", values: nn.Parameter, weight: nn.Parameter) -> None:
+        self.entries, self.values, self.weight = entries, values, weight
+        self.parameters = entries._parameters
+        self.scopes: tuple[Scope, ...] = ()
+        self.distinct = entries.distinct
+        self.whole = ops.Csr(entries.row_offsets, entries.selection.columns)
+        shared = entries.columns is entries.selection.columns
+        self.part = self.whole if shared else ops.Csr(entries.row_offsets, entries.columns)
+        self.values_version = self.weight_version = self.values_address = self.weight_address = -1
+
+    def moved(self) -> bool:
+        """Whether either side has changed or lies elsewhere, as far as torch can tell. Overrides have to be off."""
+        return (
+            self.values._version != self.values_version
+            or self.weight._version != self.weight_version
+            or self.values.data_ptr() != self.values_address
+            or self.weight.data_ptr() != self.weight_address
+        )
+
+
+class Agreement:
+    """Lets the values of some weights and these weights agree, in one call for each device.
+
+    The call is prepared once, and again where memory has moved. Until it is noticed that it has, the old memory is kept.
+    """
+
+    def __init__(self, entries: "list[SelectedEntries]") -> None:
+        self.entries = entries
+        self._ready = False
+        self._calls: list[ops.PreparedAgreement] = []
+        self._places: list[tuple[Seen, int, int]] = []
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy of it is of other memory
+        return {"entries": self.entries, "_ready": False, "_calls": [], "_places": []}
+
+    def forget(self) -> None:
+        """Let go of the memory: it is about to move."""
+        self._ready, self._calls, self._places = False, [], []
+
+    def settle(self) -> None:
+        """Let all agree.
+
+        Raises:
+            ValueError: values on another device than their weight.
+        """
+        if _is_transformed():  # weights and values themselves are not
+            with torch._C._DisableFuncTorch():
+                return self._settle()
+        return self._settle()
+
+    def _settle(self) -> None:
+        with _overrides_off():
+            written = self._look()
+            if written is None:
+                self._prepare()
+                written = self._look()
+            for call in self._calls:
+                call.run()
+            if written:
+                # So that a backward pass that needs what was before notices. What was never seen is not known to differ.
+                touched = [t for seen in written if seen.values_version >= 0 for t in (seen.values, seen.weight)]
+                torch.autograd.graph.increment_version(touched)
+                self.note()
+
+    def _look(self) -> list[Seen] | None:
+        """What has changed, as far as torch can tell; ``None`` where the call is not of this memory."""
+        changed = []
+        for seen, values_address, weight_address in self._places:
+            values, weight = seen.values, seen.weight
+            if values.data_ptr() != values_address or weight.data_ptr() != weight_address:
+                return None
+            if values._version != seen.values_version or weight._version != seen.weight_version:
+                changed.append(seen)
+        return changed if self._ready else None
+
+    def note(self) -> None:
+        """Both sides agree as they are now."""
+        with _overrides_off():
+            for seen, values_address, weight_address in self._places:
+                seen.values_version, seen.weight_version = seen.values._version, seen.weight._version
+                seen.values_address, seen.weight_address = values_address, weight_address
+
+    def _prepare(self) -> None:
+        self.forget()
+        places: list[tuple[Seen, int, int]] = []
+        devices: dict[torch.device, list[SelectedEntries]] = {}
+        for e in self.entries:
+            e.hold(e)
+            values, weight = e.own, e.weight
+            if is_simulated(values):
+                continue
+            e.check_devices()
+            if values.is_meta:
+                continue  # no numbers that could differ
+            devices.setdefault(values.device, []).append(e)
+            places.append((e.seen, values.data_ptr(), weight.data_ptr()))
+        self._calls = [_call(found) for found in devices.values()]
+        self._ready, self._places = True, places
+
+
+def _call(entries: "list[SelectedEntries]") -> ops.PreparedAgreement:
+    views, offsets, columns = zip(*(e.memory() for e in entries), strict=True)
+    values = [e.own.detach() for e in entries]
+    for e in entries:
+        if e.agreed.device != e.own.device:
+            e.agreed = e.agreed.to(e.own.device)
+    return ops.prepared_agreement(views, offsets, columns, values, [e.agreed for e in entries])
+
+
+# ------------------------------------------------------------------------------------------------ forward passes
+
+
+class Scope:
+    """The forward pass of a module: at its begin all weights in it agree with their values, and need no look any more.
+
+    Attributes:
+        agreement: of the weights in the module.
+        thread: the thread whose pass is under way, 0 for none.
+        inner: scopes of modules inside, once somebody calls these without the module itself.
+        outer: the scope that this one is inside of.
+        tuner: of the model whose pass it is, ``None`` for an inner scope.
+        kind: the class of the module, which ``fully_shard`` changes.
+    """
+
+    def __init__(self, module: nn.Module, entries: "list[SelectedEntries]") -> None:
+        self.agreement = Agreement(entries)
+        self.thread = 0
+        self.inner: list[Scope] = []
+        self.outer: Scope | None = None
+        self.tuner: Any = None
+        self._module = module
+        self.kind = type(module)
+        # Functions, which find the scope in the module: a copy of it finds its own.
+        self._hooks = (module.register_forward_pre_hook(_begin), module.register_forward_hook(_end, always_call=True))
+        module.__dict__[_SCOPE] = self
+        self._link()
+
+    def _link(self) -> None:
+        for e in self.agreement.entries:
+            e.seen.scopes = (*e.seen.scopes, self)
+        for scope in self.inner:
+            scope.outer = self
+
+    def open_inner(self) -> None:
+        """Look at the passes of the module's children as well: somebody calls these, and not the module itself."""
+        for child in self._module.children():
+            inside = [e for m in child.modules() if m is not child and (e := _entries_at(m)) is not None]
+            if inside and scope_of(child) is None:
+                scope = Scope(child, inside)
+                scope.outer = self
+                self.inner.append(scope)
+
+    # A copied module copies what it has: its entries and scope, but not the model around it, nor a pass that is under way.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "thread": 0, "outer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._link()
+
+    def remove(self) -> None:
+        """Leave the module, and those inside."""
+        for scope in self.inner:
+            scope.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._module.__dict__.pop(_SCOPE, None)
+
+
+def _entries_at(module: nn.Module) -> "SelectedEntries | None":
+    return module if type(getattr(module, "seen", None)) is Seen else None  # type: ignore[return-value]
+
+
+def scope_of(module: nn.Module) -> Scope | None:
+    """The scope of a module's forward pass, if it has one."""
+    scope: Scope | None = module.__dict__.get(_SCOPE)
+    return scope
+
+
+def _begin(module: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    scope: Scope | None = module.__dict__.get(_SCOPE)
+    if scope is None:
+        return
+    if module.__dict__.get("_is_replica"):
+        raise RuntimeError(
+            "an attached model cannot be replicated by DataParallel: its replicas would not be tuned. Use "
+            "DistributedDataParallel, one process for each device"
+        )
+    if scope.thread or (scope.outer is not None and scope.outer.thread):
+        return
+    if type(module) is not scope.kind and scope.tuner is not None:
+        scope.tuner.check_places()  # before a pass that would train nothing
+        scope.kind = type(module)
+    if _in_backward() < 0:  # what is computed again has to be what was computed
+        scope.agreement.settle()
+        if scope.tuner is not None and DistributedDataParallel._active_ddp_module is not None:
+            scope.tuner.compare_across_processes(DistributedDataParallel._active_ddp_module.process_group)
+    scope.thread = threading.get_ident()
+
+
+def _end(module: nn.Module, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    scope: Scope | None = module.__dict__.get(_SCOPE)
+    if scope is not None and scope.thread == threading.get_ident():
+        scope.thread = 0

@@ -1,0 +1,261 @@
+"""One autograd node for each multiplication by an attached weight: gradients of the input, of the bias and of the entries.
+
+A node of its own for the entries, behind a layer that is computed as always, would cost a pass through autograd more, and an
+optimizer that steps inside of the backward pass would change a weight that the layer still needs.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fps_kernels import ops
+from fps_kernels.selection import WeightSelection
+from fps_kernels.tuning.agreement import Seen
+from fps_kernels.tuning.compact_values import SelectedEntries
+from fps_kernels.tuning.saved_input import SMALL, Kept, computed_again, keep, kept_numbers, suits_kernel
+from fps_kernels.weights.kinds import WeightKind
+from fps_kernels.weights.kinds.linear import LINEAR
+from fps_kernels.weights.matrix import MatrixLayout, is_simulated
+
+_gradients_enabled = torch.is_grad_enabled
+_implementation = ops.implementation
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_overrides_off = torch._C.DisableTorchFunctionSubclass
+_linear = F.linear
+
+
+def _own_memory(y: Tensor) -> Tensor:
+    """``y`` as a node's output: a view (``F.linear`` reshapes a matrix) autograd would let nobody change in place."""
+    return y.detach() if y._is_view() else y
+
+
+def _changed(entries: SelectedEntries) -> RuntimeError:
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"{entries.name} was changed between the forward and the backward pass"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ F.linear
+
+
+class _Linear(torch.autograd.Function):
+    """``F.linear`` by a whole weight of plain tensors, with as little as possible between autograd and the kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, seen: Seen, kept: Kept) -> Tensor:
+        if kept is None or type(kept) is Tensor:
+            ctx.save_for_backward(x if kept is None else kept)
+            kept = kept is None
+        ctx.of = seen, kept, seen.weight_version  # at once: each attribute of a node costs
+        y: Tensor = _linear(x, seen.weight, bias)
+        return y.detach() if y._is_view() else y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        if _gradients_enabled() or type(gy) is not Tensor or _dispatch_modes():
+            return _linear_in_ops(ctx, gy)
+        wants_x, _, wants_bias, _, _ = ctx.needs_input_grad
+        seen, kept, version = ctx.of
+        weight, how, csr = seen.weight, None, seen.whole
+        backend = _implementation("sampled_grad", gy.device)
+        if type(kept) is bool:
+            (x,) = ctx.saved_tensors  # may run a forward pass again (checkpointing): overrides are on
+            if not kept:
+                csr = seen.part
+        else:
+            x, how = kept_numbers(kept)
+            if not backend.RECOMPUTES or not suits_kernel(x, how):
+                x, how, csr = computed_again(kept, seen.distinct, x.dim() - 1, gy.dtype), None, seen.part
+        with _overrides_off():
+            if weight._version != version:
+                raise _changed(seen.entries)
+            grad, bias = backend.linear_gradients(gy, x, csr, wants_bias, how)
+            if not wants_x:
+                return None, grad, bias, None, None
+            if weight.dtype is not gy.dtype:
+                weight = weight.to(gy.dtype)
+            return gy.matmul(weight), grad, bias, None, None
+
+
+# Without torch.autograd.Function.apply's own look for functorch, which was looked for already.
+_apply_linear = super(torch.autograd.Function, _Linear).apply
+# The engine asks a node for `apply`, which would look for `backward` in every pass anew.
+_Linear._backward_cls.apply = _Linear.backward  # type: ignore[attr-defined]
+
+
+def tuned_linear(x: Tensor, bias: Tensor | None, seen: Seen) -> Tensor:
+    """``F.linear`` of plain tensors in eager mode, outside of any transform, with overrides switched off."""
+    kept = None if x.numel() <= SMALL else keep(x, seen.distinct, x.dim() - 1)
+    result: Tensor = _apply_linear(x, seen.values, bias, seen, kept)
+    return result
+
+
+def _linear_in_ops(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+    seen, kept, version = ctx.of
+    e = seen.entries
+    layer = Layer(F.linear, (), {}, LINEAR, e.seen.weight, e, None, gy.dim() - 1)
+    shape = torch.Size((*gy.shape[:-1], e.layout.shape[1]))
+    part = ctx.saved_tensors[0] if type(kept) is bool else None
+    found = _gradients(ctx, version, layer, e.own, gy, part, kept, kept is True, shape, gy.shape[-1:])
+    return *found, None, None
+
+
+# ------------------------------------------------------------------------------------------------ every kind
+
+
+class Layer(NamedTuple):
+    """A call of a function that multiplies by an attached weight, or by some of its rows.
+
+    Attributes:
+        function: the function.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        kind: how it multiplies.
+        weight: the argument that is the weight.
+        entries: the chosen entries.
+        rows: the half-open range of the matrix's rows that ``weight`` is, ``None`` for all.
+        dim: the dimension of the input's channels, ``None`` where all of it is needed.
+    """
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    kind: WeightKind
+    weight: Tensor
+    entries: SelectedEntries
+    rows: tuple[int, int] | None
+    dim: int | None
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight was transposed before it was handed over."""
+        return bool(getattr(self.weight, "transposed", False))
+
+    def csr(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """The entries of the rows: ``row_offsets`` and columns."""
+        offsets = self.entries.row_offsets
+        if self.rows is None:
+            return offsets, columns
+        first, last = self.rows
+        begin, end = self.entries.begin_of(first), self.entries.begin_of(last)
+        return offsets[first : last + 1] - begin, columns[begin:end]
+
+    def values_of(self, values: Tensor) -> Tensor:
+        """The values of the rows."""
+        if self.rows is None:
+            return values
+        return values[self.entries.begin_of(self.rows[0]) : self.entries.begin_of(self.rows[1])]
+
+    def effective_weight(self, values: Tensor) -> Tensor:
+        """The weight as a function of all its values, as the call was given it. It takes as much memory as the weight."""
+        e = self.entries
+        matrix = e.layout.matrix(e.weight)
+        chosen = e.selection.rows(), e.selection.columns.long()
+        weight = e.layout.unmatrix(matrix.index_put(chosen, values.to(matrix.dtype)))
+        if self.rows is not None:
+            weight = weight[self.rows[0] : self.rows[1]]
+        return weight.t() if self.is_transposed else weight
+
+    def spread(self, numbers: Tensor, row_offsets: Tensor, columns: Tensor, x: Tensor) -> Tensor:
+        """One number for each chosen entry, in a matrix of zeros that multiplies ``x`` as the weight does the input."""
+        layout, rows = self.entries.layout, row_offsets.numel() - 1
+        size = layout.columns_per_channel
+        channels = layout.shape[1] // size if self.dim is None else x.shape[self.dim]
+        shape = (channels, rows) if layout.transposed else (rows, channels, *layout.parameter_shape[2:])
+        made = WeightSelection.trusted(MatrixLayout(shape, layout.transposed), row_offsets, columns)
+        zeros = torch.zeros(made.layout.shape, dtype=numbers.dtype, device=numbers.device)
+        matrix = zeros.index_put((made.rows(), columns.long()), numbers)
+        weight = made.layout.unmatrix(matrix)
+        return weight.t() if self.is_transposed else weight
+
+
+class _Layer(torch.autograd.Function):
+    """Any function that multiplies by a weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, part_values: Tensor, bias: Tensor | None, values: Tensor, layer: Layer, kept: Kept
+    ) -> Tensor:
+        ctx.layer = layer._replace(args=(), kwargs={})  # which hold the input
+        ctx.entries, ctx.values, ctx.kept = layer.entries, values, kept
+        ctx.version, ctx.shape = layer.weight._version, x.shape
+        ctx.bias_shape = None if bias is None else bias.shape
+        if kept is None or isinstance(kept, Tensor):
+            ctx.save_for_backward(x if kept is None else kept)
+            ctx.kept = kept is None
+        return _own_memory(layer.function(*layer.args, **layer.kwargs))
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.kept
+        part = ctx.saved_tensors[0] if type(kept) is bool else None
+        found = _gradients(ctx, ctx.version, ctx.layer, ctx.values, gy, part, kept, kept is True, ctx.shape, ctx.bias_shape)
+        return *found, None, None, None
+
+
+def tuned_layer(layer: Layer, x: Tensor, bias: Tensor | None, values: Tensor) -> Tensor:
+    """The result of any call that multiplies by an attached weight, with gradients for its values."""
+    kept = keep(x, layer.entries.distinct, layer.dim)
+    result: Tensor = _Layer.apply(x, layer.values_of(values), bias, values, layer, kept)
+    return result
+
+
+def _gradients(
+    ctx: Any,
+    version: int,
+    layer: Layer,
+    values: Tensor,
+    gy: Tensor,
+    part: Tensor | None,
+    kept: Any,
+    whole: bool,
+    shape: torch.Size,
+    bias_shape: torch.Size | None,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Gradients of input, entries and bias. They can be differentiated again where gradients are enabled."""
+    wants_x, _, wants_bias, *_ = ctx.needs_input_grad
+    kind, e = layer.kind, layer.entries
+    grad: Tensor
+    with _overrides_off():
+        if layer.weight._version != version:
+            raise _changed(e)
+        whole = whole or e.distinct is None
+        # Where a kernel computes inputs again it takes no memory.
+        if part is None and not (is_simulated(gy) and gy.device.type == "cpu"):
+            part = computed_again(kept, e.distinct, layer.dim, gy.dtype)
+        offsets, columns = layer.csr(e.selection.columns if whole else e.columns)
+        gx = bias = None
+        if part is None:
+            grad, weight = gy.new_empty(e.selection.nnz, dtype=torch.float32), layer.weight
+        elif torch.is_grad_enabled():
+            grad = _Sampled.apply(gy, part, offsets, columns, layer)
+            weight = layer.effective_weight(values) if wants_x else layer.weight
+        else:
+            grad, weight = kind.sampled_gradient(gy, part, offsets, columns), layer.weight
+        if wants_x:
+            gx = kind.input_gradient(gy, weight, shape)
+        if wants_bias and bias_shape is not None:
+            bias = kind.bias_gradient(gy, bias_shape)
+        return gx, grad, bias
+
+
+class _Sampled(torch.autograd.Function):
+    """The gradient of chosen entries, which can be differentiated any number of times: with a whole matrix, then."""
+
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor, layer: Layer) -> Tensor:
+        ctx.save_for_backward(gy, x, row_offsets, columns)
+        ctx.layer = layer
+        return layer.kind.sampled_gradient(gy.detach(), x.detach(), row_offsets, columns)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        gy, x, row_offsets, columns = ctx.saved_tensors
+        kind = ctx.layer.kind
+        weight = ctx.layer.spread(g.to(gy.dtype), row_offsets, columns, x)
+        ggy = kind.multiply(x.to(gy.dtype) if x.is_floating_point() else x, weight)
+        gx = kind.input_gradient(gy, weight, x.shape).to(x.dtype) if ctx.needs_input_grad[1] else None
+        return ggy, gx, None, None, None
