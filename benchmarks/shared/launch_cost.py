@@ -4,11 +4,19 @@ Launches end in a driver that does nothing, so that what is timed is Python: fin
 What the driver of a real GPU takes on top (2 to 4 µs a launch) is no part of it, nor are the checks of the registered ops.
 """
 
+import copy
+import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from unittest import mock
 
 import torch
+from torch import Tensor, nn
 
+import fps_kernels as fps
+from fps_kernels.ops import _dispatch
 from fps_kernels.ops import triton as backend
 from fps_kernels.ops.records import AdamWTensors, Agreement, Convolution
 from fps_kernels.ops.triton.gradients import sampled_grad_with_bias
@@ -50,7 +58,7 @@ def _timed(calls: int, rounds: int) -> dict[str, float]:
         forget_plans()
         backend.sampled_grad(gy, x, *csr)
 
-    adamw = backend.PreparedAdamW(AdamWTensors(weights, state[0], *lists, *state[1:4], steps))
+    adamw = backend.PreparedAdamW(AdamWTensors(weights, state[0], *lists, *state[1:4], steps, state[4]))
     agreement = backend.PreparedAgreement(Agreement(weights, *lists, *state[3:5]))
 
     def step_with_moved_gradients() -> None:
@@ -76,6 +84,67 @@ def _timed(calls: int, rounds: int) -> dict[str, float]:
     }
 
 
+class Chain(nn.Module):
+    """Linear layers one after the other, of which nothing is left but what they cost the host."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.zeros(48))
+        self.layers = nn.ModuleList(nn.Linear(48, 48) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def layer_cost(layers: int = TENSORS, rounds: int = 40) -> dict[str, float]:
+    """Microseconds of Python an attached layer and pass, beyond one whose bias alone is trained.
+
+    What PyTorch itself does for a bias is no part of it, the agreement of all weights is. The products of matrices are the
+    CPU's, in both.
+    """
+    plain = Chain(layers).requires_grad_(False)
+    for name, p in plain.named_parameters():
+        p.requires_grad_("weight" not in name)
+    attached = copy.deepcopy(plain)
+    masks = {f"layers.{i}.weight": torch.rand(48, 48) < 0.05 for i in range(layers)}
+    biases = tuple(f"layers.{i}.bias" for i in range(layers))
+    fps.attach(attached, fps.Selection(fps.Selection.from_masks(masks).weights, biases))
+    attached.first.requires_grad_()
+    x, times = torch.randn(2, 40, 48), {"plain": [], "attached": []}  # type: ignore[var-annotated]
+    with fake_gpu() as driver, _served_by_triton():
+        driver.listening = False
+        for turn in range(-3, rounds):
+            for name, model in (("plain", plain), ("attached", attached))[:: 1 if turn % 2 else -1]:
+                start = time.perf_counter()
+                y = model(x)
+                middle = time.perf_counter()
+                y.sum().backward()
+                end = time.perf_counter()
+                model.zero_grad()
+                if turn >= 0:
+                    times[name].append((middle - start, end - middle))
+    forward, backward = (
+        (median(t[i] for t in times["attached"]) - median(t[i] for t in times["plain"])) / layers * 1e6 for i in range(2)
+    )
+    return {"forward": forward, "backward": backward}
+
+
+@contextmanager
+def _served_by_triton() -> Iterator[None]:
+    """Tensors on the CPU take the way of those on a GPU, whose driver does nothing."""
+    with (
+        mock.patch.dict(_dispatch._modules, clear=True),
+        mock.patch.dict(_dispatch._found, clear=True),
+        mock.patch.object(_dispatch, "_backend_for", return_value="triton"),
+    ):
+        yield
+
+
 if __name__ == "__main__":
+    for name, cost in layer_cost().items():
+        print(f"{f'a layer, {name}':50} {cost:6.1f} µs")
     for name, cost in launch_cost().items():
         print(f"{name:50} {cost:6.1f} µs")
