@@ -8,54 +8,71 @@ import torch
 from torch import Tensor, nn
 
 from fps_kernels import ops
-from fps_kernels.choosing.feeding import Forward, UnsupportedInputError, run_forward
+from fps_kernels.choosing.feeding import Forward, UnsupportedInputError, ordinary_tensors, run_forward
 from fps_kernels.choosing.statistics import ActivationStats, WeightStats, combine
+from fps_kernels.ops import BackendUnavailableError, backend_for, native
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated
 from fps_kernels.weights.survey import Survey
 from fps_kernels.weights.watching import WeightUse
 
 MAX_ROW_BLOCKS = 64
 
+_BOTH_WAYS = "{} is used both as it is and transposed; leave one use out with forward="
+
+
+class _Sums:
+    """Column norms ``[G, C]`` of the inputs of a range of rows, of how many rows, and in how many calls."""
+
+    __slots__ = ("calls", "norm", "rows")
+
+    def __init__(self, norm: Tensor) -> None:
+        self.norm, self.rows, self.calls = norm, 0, 0
+
 
 class _Accumulator:
     """Sums the uses of one weight: one vector for each range of rows that was multiplied as one."""
 
+    __slots__ = ("layout", "ranges")
+
     def __init__(self, layout: MatrixLayout) -> None:
         self.layout = layout
-        self.ranges: dict[tuple[int, int], tuple[Tensor, int]] = {}
-        self.calls = 0
+        self.ranges: dict[tuple[int, int], _Sums | native.ColumnNorms] = {}
 
     def add(self, use: WeightUse, ord: float) -> None:
-        shape = use.kind.groups, self.layout.shape[1]
-        norm, rows = self.ranges.get(use.rows) or (torch.zeros(shape, dtype=torch.float64, device=use.input.device), 0)
-        use.kind.add_column_norms_(use.input, norm, ord)
-        self.ranges[use.rows] = norm, rows + use.kind.input_rows(use.input)
-        self.calls += 1
+        sums = self.ranges.get(use.rows)
+        if sums is None:
+            shape = use.kind.groups, self.layout.shape[1]
+            sums = self.ranges[use.rows] = _Sums(torch.zeros(shape, dtype=torch.float64, device=use.input.device))
+        use.kind.add_column_norms_(use.input, sums.norm, ord)
+        sums.rows += use.kind.input_rows(use.input)
+        sums.calls += 1
 
     def finish(self, ord: float) -> WeightStats | str:
         """The statistics, or why this weight has none."""
         O, C = self.layout.shape
-        if not any(rows for _, rows in self.ranges.values()):
+        self.ranges = {rows: sums for rows, sums in self.ranges.items() if sums.calls}
+        calls = sum(sums.calls for sums in self.ranges.values())
+        if not any(sums.rows for sums in self.ranges.values()):
             return "all its inputs were empty"
-        if set(self.ranges) == {(0, O)}:
-            norm, rows = self.ranges[0, O]
-            return WeightStats(self.layout, norm, (rows,) * len(norm), self.calls)
-        if any(len(norm) > 1 for norm, _ in self.ranges.values()):
+        if len(self.ranges) == 1 and (0, O) in self.ranges:
+            whole = self.ranges[0, O]
+            return WeightStats(self.layout, whole.norm, (whole.rows,) * len(whole.norm), calls)
+        if any(len(sums.norm) > 1 for sums in self.ranges.values()):
             return "only some groups of its convolution were used"
         block = math.gcd(O, *(edge for edges in self.ranges for edge in edges))
         blocks = O // block
         if blocks > MAX_ROW_BLOCKS:
             return f"it is used through {len(self.ranges)} slices of unequal sizes"
-        first = next(iter(self.ranges.values()))[0]
+        first = next(iter(self.ranges.values())).norm
         norms = torch.zeros(blocks, C, dtype=torch.float64, device=first.device)
         counts = [0] * blocks
-        for (start, stop), (norm, rows) in self.ranges.items():
+        for (start, stop), sums in self.ranges.items():
             for i in range(start // block, stop // block):
-                norms[i] = combine(norms[i], norm[0], ord)
-                counts[i] += rows
+                norms[i] = combine(norms[i], sums.norm[0], ord)
+                counts[i] += sums.rows
         if not all(counts):
             return "some of its rows multiplied nothing"
-        return WeightStats(self.layout, norms, tuple(counts), self.calls)
+        return WeightStats(self.layout, norms, tuple(counts), calls)
 
 
 def calibrate(
@@ -99,22 +116,41 @@ def calibrate(
     """
     if ord not in ops.ORDS:
         raise ValueError(f"ord must be 1, 2 or inf, got {ord}")
-    survey = Survey.of(model)
+    with ordinary_tensors():
+        return _calibrate(Survey.of(model), data, ord, forward, micro_batch, max_batches, progress)
+
+
+def _calibrate(
+    survey: Survey,
+    data: Iterable[Any],
+    ord: float,
+    forward: Forward | None,
+    micro_batch: int | None,
+    max_batches: int | None,
+    progress: bool | None,
+) -> ActivationStats:
     accumulators: dict[str, _Accumulator] = {}
+    survey.check_has_values()
+    memory, direct = _direct_sums(survey, ord)
 
     def accumulate(use: WeightUse) -> None:
-        accumulator = accumulators.setdefault(use.name, _Accumulator(use.layout))
-        if accumulator.layout != use.layout:
-            raise ValueError(f"{use.name} is used both as it is and transposed; leave one use out with forward=")
+        accumulator = accumulators.get(use.name)
+        if accumulator is None:
+            accumulator = accumulators[use.name] = _Accumulator(use.layout)
+            if use.name in direct and not use.layout.transposed:
+                accumulator.ranges[0, use.layout.shape[0]] = direct[use.name]
+        if accumulator.layout != use.layout or (use.layout.transposed and use.name in direct and direct[use.name].calls):
+            raise ValueError(_BOTH_WAYS.format(use.name))
         try:
             accumulator.add(use, ord)
         except TypeError as error:
             raise UnsupportedInputError(f"the input of {use.name}: {error}") from error
 
-    other_uses = run_forward(
+    uses = run_forward(
         survey,
         data,
         accumulate,
+        takers={name: sums.add for name, sums in direct.items()},
         forward=forward,
         micro_batch=micro_batch,
         max_batches=max_batches,
@@ -123,21 +159,51 @@ def calibrate(
     weights: dict[str, WeightStats] = {}
     unused = {}
     for name, p in survey.matrices.items():
-        accumulator = accumulators.get(name)
-        stats = accumulator.finish(ord) if accumulator else survey.reason_unused(name, p, other_uses)
+        accumulator, sums = accumulators.get(name), direct.get(name)
+        stats: WeightStats | str
+        if name in uses.hidden:
+            stats = uses.why_hidden(name)
+        elif accumulator is not None:
+            if accumulator.layout.transposed and sums is not None and sums.calls:
+                raise ValueError(_BOTH_WAYS.format(name))
+            stats = accumulator.finish(ord)
+        elif sums is not None and sums.calls:
+            stats = WeightStats(MatrixLayout(tuple(p.shape)), sums.norm, (sums.rows,), sums.calls)
+        else:
+            stats = uses.transformed.get(name) or survey.reason_unused(name, p, uses.other_uses)
         if isinstance(stats, str):
             unused[name] = stats
         else:
             weights[name] = stats
     result = ActivationStats(float(ord), weights, unused, dict(survey.tied))
-    _check_finite(result)
+    _check_finite(result, memory, direct)
     return result
 
 
-def _check_finite(stats: ActivationStats) -> None:
-    sums = {name: s.norm.sum() for name, s in stats.weights.items() if not is_simulated(s.norm)}
-    if sums and not all(torch.stack([s.cpu() for s in sums.values()]).isfinite().tolist()):
-        bad = [name for name, s in sums.items() if not s.isfinite()]
+def _direct_sums(survey: Survey, ord: float) -> tuple[Tensor | None, dict[str, native.ColumnNorms]]:
+    """What adds up the inputs of linear maps on the CPU, faster than an op, where the native backend serves them."""
+    try:
+        if backend_for("column_norm_", "cpu") != "native":
+            return None, {}
+    except BackendUnavailableError:  # said where there is an input that it cannot serve
+        return None, {}
+    matrices = {name: p for name, p in survey.matrices.items() if type(p) is nn.Parameter and p.is_cpu and p.dim() == 2}
+    if not matrices:
+        return None, {}
+    memory, sums = native.column_norms([p.size(1) for p in matrices.values()], float(ord))
+    return memory, dict(zip(matrices, sums, strict=True))
+
+
+def _check_finite(stats: ActivationStats, memory: Tensor | None, direct: dict[str, native.ColumnNorms]) -> None:
+    norms: dict[torch.device, list[Tensor]] = {} if memory is None else {memory.device: [memory.view(-1)]}
+    for name, s in stats.weights.items():
+        if not (name in direct and direct[name].norm is s.norm) and not is_simulated(s.norm):
+            norms.setdefault(s.norm.device, []).append(s.norm.view(-1))
+    # One look at each device. What is added up is not negative: nothing cancels out.
+    if all(math.isfinite((parts[0] if len(parts) == 1 else torch.cat(parts)).sum().item()) for parts in norms.values()):
+        return
+    bad = [name for name, s in stats.weights.items() if not is_simulated(s.norm) and not s.norm.sum().isfinite()]
+    if bad:
         more = f" and {len(bad) - 1} more weights" if len(bad) > 1 else ""
         raise ValueError(
             f"the activations that reach {bad[0]}{more} contain NaN or Inf: check the data, or the precision of the forward"

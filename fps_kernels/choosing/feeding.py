@@ -13,7 +13,9 @@ from tqdm.auto import tqdm
 
 from fps_kernels.weights.matrix import unfit
 from fps_kernels.weights.survey import Survey
-from fps_kernels.weights.watching import WeightInterception, WeightUse
+from fps_kernels.weights.uses import Uses, WeightUse
+from fps_kernels.weights.watched_weight import Taker
+from fps_kernels.weights.watching import WeightInterception
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -23,20 +25,30 @@ class UnsupportedInputError(TypeError):
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def ordinary_tensors() -> Iterator[None]:
+    """Tensors made inside can be trained, and be in a model that is trained, even in ``torch.inference_mode``."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def evaluation_mode(survey: Survey) -> Iterator[None]:
     """The model in evaluation mode; afterwards every module is in the mode it was found in.
 
     The flags are set without ``train()`` and ``eval()``, which some modules override to do more (LoRA layers merge their
-    weights there), and which exported programs refuse.
+    weights there), and which exported programs refuse. Those that are right already are left alone: setting one takes long.
     """
-    found = [(module, module.training) for module in model.modules() if hasattr(module, "training")]  # frozen scripts: none
+    found = [module for module in survey.modules.values() if getattr(module, "training", False)]  # frozen scripts: none
     try:
-        for module, _ in found:
+        for module in found:
             module.training = False
         yield
     finally:
-        for module, training in found:
-            module.training = training
+        for module in found:
+            module.training = True
 
 
 def batches_of(data: Iterable[Any], what: str, progress: bool | None) -> Iterator[Any]:
@@ -50,7 +62,8 @@ def batches_of(data: Iterable[Any], what: str, progress: bool | None) -> Iterato
         raise TypeError(f"data must be an iterable of batches, got {describe(data)}: put a single batch into a list")
     if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
         raise TypeError(f"data must be an iterable of batches, got {describe(data)}")
-    batches = iter(tqdm(data, desc=what, unit="batch", disable=None if progress is None else not progress))
+    shown = data if progress is False else tqdm(data, desc=what, unit="batch", disable=None if progress is None else False)
+    batches = iter(shown)
     empty = object()
     first = next(batches, empty)
     if first is empty:
@@ -67,26 +80,29 @@ def run_forward(
     micro_batch: int | None,
     max_batches: int | None,
     progress: bool | None,
-) -> dict[str, str]:
+    takers: Mapping[str, Taker] | None = None,
+) -> Uses:
     """Feed the data through the model without gradients, with every use of a weight reported to ``on_use``.
 
+    Args:
+        takers: of :class:`WeightInterception`.
+
     Returns:
-        Where else weights went, by name.
+        Where else weights went.
     """
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, got {max_batches}")
-    survey.check_has_values()
     model, feed = survey.model, forward or default_forward
     parameters = {name: p for name, p in survey.matrices.items() if unfit(p) is None}
-    interception = WeightInterception(parameters, on_use, survey.offloaded)
-    with evaluation_mode(model), torch.no_grad(), uncompiled():
+    interception = WeightInterception(parameters, on_use, survey.offloaded, takers)
+    with evaluation_mode(survey), torch.no_grad(), uncompiled():
         for index, batch in enumerate(itertools.islice(batches_of(data, "calibrate", progress), max_batches)):
             for piece in split_batch(to_device(batch, survey.device), micro_batch):
                 with interception, explained(index, piece):
                     feed(model, piece)
-    return interception.other_uses
+    return interception
 
 
 def uncompiled() -> Any:
@@ -122,8 +138,14 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on ``device``."""
-    return map_tensors(lambda t: t.to(device, non_blocking=True), batch)
+    """The batch with its tensors on ``device``, and with copies of what was made in ``torch.inference_mode``: no layer could
+    change that in place."""
+
+    def moved(t: Tensor) -> Tensor:
+        t = t.to(device, non_blocking=True)
+        return t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t
+
+    return moved(batch) if isinstance(batch, Tensor) else map_tensors(moved, batch)
 
 
 def split_batch(batch: Any, size: int | None) -> Iterator[Any]:

@@ -158,18 +158,20 @@ def gps_select(
 
     watch = WeightInterception(eligible, note_layout)
     feed = forward or default_forward
-    with evaluation_mode(model), _only_gradients_of(model, eligible), uncompiled():
+    with evaluation_mode(survey), _only_gradients_of(survey, eligible), uncompiled():
         for index, batch in enumerate(batches_of(data, "gps", progress)):
             inputs, target = _inputs_and_target(to_device(batch, survey.device))
             with explained(index, batch), watch:
                 if loss == "contrastive":
-                    _backward_contrastive(model, inputs, target, feed, views, temperature, micro_batch)
+                    _backward_contrastive(survey, inputs, target, feed, views, temperature, micro_batch)
                 else:
                     function = F.cross_entropy if isinstance(loss, str) else loss
                     _backward_loss(model, inputs, target, feed, function, micro_batch)
         scored = []
         for name, p in eligible.items():
-            if name in layouts and p.grad is not None:
+            if name in watch.hidden:
+                skipped[name] = watch.why_hidden(name)
+            elif name in layouts and p.grad is not None:
                 budget.check(name, layouts[name])
                 ones = torch.ones(1, layouts[name].shape[1], device=p.device)
                 scored.append(ScoredWeight(name, layouts[name], p.grad, ones))
@@ -189,9 +191,9 @@ def _inputs_and_target(batch: Any) -> tuple[Any, Tensor]:
 
 
 @contextmanager
-def _only_gradients_of(model: nn.Module, weights: dict[str, nn.Parameter]) -> Iterator[None]:
+def _only_gradients_of(survey: Survey, weights: dict[str, nn.Parameter]) -> Iterator[None]:
     """Only ``weights`` collect gradients, from none; afterwards flags and gradients are as they were."""
-    found = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    found = [(p, p.requires_grad, p.grad) for p in survey.first_names]
     wanted = {id(p) for p in weights.values()}
     try:
         for p, _, _ in found:
@@ -219,7 +221,7 @@ def _backward_loss(
 
 
 def _backward_contrastive(
-    model: nn.Module,
+    survey: Survey,
     inputs: Any,
     target: Tensor,
     feed: Callable[[nn.Module, Any], Any],
@@ -236,24 +238,25 @@ def _backward_contrastive(
     labels = target.repeat(2)
     pieces = [piece for view in pair for piece in split_batch(view, micro_batch)]
     if len(pieces) == 2:
-        features = torch.cat([_features(model, piece, feed) for piece in pieces])
+        features = torch.cat([_features(survey, piece, feed) for piece in pieces])
         supervised_contrastive_loss(features, labels, temperature).backward()
         return
     with torch.no_grad():
-        cached = torch.cat([_features(model, piece, feed) for piece in pieces])
+        cached = torch.cat([_features(survey, piece, feed) for piece in pieces])
     cached.requires_grad_()
     supervised_contrastive_loss(cached, labels, temperature).backward()
     assert cached.grad is not None
     start = 0
     for piece in pieces:
-        features = _features(model, piece, feed)
+        features = _features(survey, piece, feed)
         features.backward(cached.grad[start : start + len(features)])
         start += len(features)
 
 
-def _features(model: nn.Module, inputs: Any, feed: Callable[[nn.Module, Any], Any]) -> Tensor:
+def _features(survey: Survey, inputs: Any, feed: Callable[[nn.Module, Any], Any]) -> Tensor:
     """The input of the classifier head ``[B, D]``, or the model's output if it has no head."""
-    heads = [h for h in map(model.get_submodule, classifier_modules(model)) if next(h.parameters(), None) is not None]
+    model = survey.model
+    heads = [h for h in map(model.get_submodule, classifier_modules(survey)) if next(h.parameters(), None) is not None]
     if not heads:
         return torch.flatten(feed(model, inputs), 1)
     seen: list[Tensor] = []

@@ -5,6 +5,7 @@ The library itself is :mod:`.native_library`'s business; what writes to weights 
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -228,3 +229,63 @@ def sampled_grad_conv2d(
     )
     check(status)
     return grad
+
+
+# ------------------------------------------------------------------------------------------------ prepared calls
+
+
+_MATRIX = ctypes.c_int64 * 8
+
+
+class ColumnNorms:
+    """:func:`column_norm_` into one accumulator again and again, prepared so that a call costs little beside its work.
+
+    Attributes:
+        norm: float64 ``[1, C]``: what is added to.
+        rows: rows that were added.
+        calls: calls that added some.
+    """
+
+    __slots__ = ("_address", "_columns", "_matrix", "_order", "_run", "calls", "norm", "rows")
+
+    def __init__(self, norm: Tensor, columns: int, address: int, order: int, run: Any) -> None:
+        self.norm, self.rows, self.calls = norm, 0, 0
+        self._columns, self._address, self._order, self._run = columns, address, order, run
+        self._matrix: Any = None
+
+    def add(self, x: Tensor) -> bool:
+        """Add the column norms of ``[..., C]``. One thread at a time.
+
+        Args:
+            x: a plain tensor: not one of a subclass, of a function transform, or without memory.
+
+        Returns:
+            Whether it did. It does nothing where ``x`` is empty, or no contiguous float32, bfloat16 or float16 tensor on the
+            CPU with so many columns.
+        """
+        dtype, columns = DTYPES.get(x.dtype), self._columns
+        if dtype is None or not x.is_cpu or x.layout is not torch.strided or x.size(-1) != columns or not x.is_contiguous():
+            return False
+        rows, at = x.numel() // columns if columns else 0, x.data_ptr()
+        if not rows or not at:
+            return False
+        matrix = self._matrix
+        if matrix is None:
+            self._matrix = matrix = _MATRIX(at, rows, columns, columns, 1, dtype, 0, 1)
+        else:
+            matrix[0], matrix[1], matrix[5] = at, rows, dtype
+        if status := self._run(matrix, self._address, self._order, torch.get_num_threads()):
+            check(status)
+        self.rows += rows
+        self.calls += 1
+        return True
+
+
+def column_norms(columns: Sequence[int], ord: float) -> tuple[Tensor, list[ColumnNorms]]:
+    """An accumulator of zeros for inputs of each of these many columns, and the one tensor that all of them lie in."""
+    memory = torch.zeros(1, sum(columns), dtype=torch.float64)
+    run, order, address, made = library().fps_column_norm, _ORDS[ord], memory.data_ptr(), []
+    for norm, count in zip(memory.split(list(columns), dim=1), columns, strict=True):
+        made.append(ColumnNorms(norm, count, address, order, run))
+        address += 8 * count
+    return memory, made

@@ -37,8 +37,26 @@ class Survey:
         """Look at a model; who did so before is given that back."""
         if isinstance(model, Survey):
             return model
-        modules = dict(model.named_modules(remove_duplicate=False))
-        return cls(model, modules, dict(model.named_parameters(remove_duplicate=False)))
+        modules: dict[str, nn.Module] = {}
+        parameters: dict[str, nn.Parameter] = {}
+        kinds: set[type[nn.Module]] = set()
+        # As named_modules() and named_parameters() do, without a generator for each level above a module.
+        left = [("", model)]
+        while left:
+            path, module = left.pop()
+            if (kind := type(module)) not in kinds:
+                kinds.add(kind)
+                if _has_names_of_its_own(kind):
+                    modules = dict(model.named_modules(remove_duplicate=False))
+                    return cls(model, modules, dict(model.named_parameters(remove_duplicate=False)))
+            modules[path] = module
+            prefix = f"{path}." if path else ""
+            for leaf, p in module._parameters.items():
+                if p is not None:
+                    parameters[prefix + leaf] = p
+            if children := module._modules:
+                left += [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
+        return cls(model, modules, parameters)
 
     @cached_property
     def first_names(self) -> dict[nn.Parameter, str]:
@@ -51,6 +69,8 @@ class Survey:
     @cached_property
     def tied(self) -> dict[str, str]:
         """The first name of every shared parameter, by its other names."""
+        if len(self.first_names) == len(self.parameters):
+            return {}
         return {name: first for name, p in self.parameters.items() if (first := self.first_names[p]) != name}
 
     @cached_property
@@ -90,6 +110,8 @@ class Survey:
             ValueError: with the first such parameter's name.
         """
         for name, p in self.parameters.items():
+            if type(p) is nn.Parameter and not p.is_meta:  # what nearly all are
+                continue
             if isinstance(p, nn.parameter.UninitializedParameter):
                 raise ValueError(f"{name} has no shape yet: run the model once, so that its lazy modules are initialised")
             if p.is_meta and not is_simulated(p) and name not in self.offloaded:
@@ -110,6 +132,11 @@ class Survey:
         if name in self.scripted:
             return "it belongs to a TorchScript module, which hides its multiplications: use the module it was made from"
         return "it was never used in the forward pass"
+
+
+def _has_names_of_its_own(kind: type[nn.Module]) -> bool:
+    own = kind.named_modules is nn.Module.named_modules and kind.named_parameters is nn.Module.named_parameters
+    return not own or issubclass(kind, torch.jit.ScriptModule)
 
 
 def _enumerated(names: list[str]) -> str:

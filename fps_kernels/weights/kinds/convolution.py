@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fps_kernels import ops
 from fps_kernels.ops import Convolution
-from fps_kernels.weights.kinds.kind import Call, WeightKind
+from fps_kernels.weights.kinds.kind import Call, WeightKind, directly
 
 NAME = "F.conv2d"
 SCORED = True
@@ -38,7 +38,7 @@ class Convolution2d(WeightKind):
         return images.shape[0] * math.prod(self.geometry.output_size(images))
 
     def add_column_norms_(self, x: Tensor, norm: Tensor, ord: float) -> None:
-        ops.column_norm_conv2d_(_batched(x), norm, *self.geometry, ord)
+        directly(ops.column_norm_conv2d_, x)(_batched(x), norm, *self.geometry, ord)
 
     def channel_dim(self, x: Tensor) -> int | None:
         return x.dim() - 3 if self.geometry.groups == 1 else None

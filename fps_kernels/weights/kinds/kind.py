@@ -1,10 +1,18 @@
 """What one multiplication by a weight is, whatever its kind."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def directly(op: Any, x: Tensor) -> Callable[..., Any]:
+    """An op's own function, checks included, where nobody is told of ops: torch's way to it takes longer than it does."""
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    own: Callable[..., Any] = op if watched or type(x) is not Tensor else op._init_fn
+    return own
 
 
 class WeightKind(ABC):

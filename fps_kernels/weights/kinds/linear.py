@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fps_kernels import ops
-from fps_kernels.weights.kinds.kind import Call, WeightKind
+from fps_kernels.weights.kinds.kind import Call, WeightKind, directly
 
 NAME = "F.linear"
 SCORED = True
@@ -24,7 +24,7 @@ class Linear(WeightKind):
         return x.numel() // x.shape[-1] if x.shape[-1] else 0
 
     def add_column_norms_(self, x: Tensor, norm: Tensor, ord: float) -> None:
-        ops.column_norm_(x, norm.view(-1), ord)
+        directly(ops.column_norm_, x)(x, norm.view(-1), ord)
 
     def channel_dim(self, x: Tensor) -> int | None:
         return x.dim() - 1
