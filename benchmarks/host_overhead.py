@@ -3,7 +3,8 @@
 A GPU hides arithmetic and not Python. A ViT that is so small that its arithmetic costs nearly nothing shows what is left:
 microseconds a weight, over the same model frozen, of forward pass, backward pass, step and zero_grad. Twice, once with
 inputs so small that layers keep them whole, and once with inputs of which they keep columns. Contestants take turns in an
-order that changes, on one thread.
+order that changes, on one thread. Then what calibration costs beside a forward pass, and what Python takes on the way to a
+GPU whose driver does nothing.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 import fps_kernels as fps
 from benchmarks.shared import methods
+from benchmarks.shared.calibration_cost import calibration_cost
+from benchmarks.shared.launch_cost import launch_cost, layer_cost
 from benchmarks.shared.measuring import alternate, ratio, save, table
 
 PHASES = ("forward", "backward", "step", "zero_grad")
@@ -156,6 +159,13 @@ def main() -> None:
     rounds = 15 if options.quick else options.rounds
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    gc.collect()
+    gc.freeze()  # what is there already is not looked through again and again
+    calibration = calibration_cost(rounds=9 if options.quick else 25)
+    share, constant = calibration["batch_ratio"], calibration["constant_ms"]
+    print(f"calibrate: a batch {share:.2f} × the forward pass, and {constant:.2f} ms a call")
+    gpu = {**{f"layer, {name}": us for name, us in layer_cost().items()}, **launch_cost()}
+    print(table(["on the way to a GPU", "µs of Python"], [[name, f"{us:.1f}"] for name, us in gpu.items()]))
     rows: list[dict[str, Any]] = []
     for label, batch in BATCHES.items():
         rows += compare(label, batch, rounds)
@@ -177,7 +187,14 @@ def main() -> None:
     dense = dense_gradients(rounds)
     print(f"masked_parameters, {TENSORS} tensors: step {dense['against_fused']:.2f} × fused AdamW")
     command = "python -m benchmarks.host_overhead" + (" --quick" if options.quick else "")
-    save("host_overhead_quick" if options.quick else "host_overhead", command, rows, dense_gradients=dense)
+    save(
+        "host_overhead_quick" if options.quick else "host_overhead",
+        command,
+        rows,
+        dense_gradients=dense,
+        calibration=calibration,
+        gpu=gpu,
+    )
 
 
 if __name__ == "__main__":
