@@ -51,6 +51,19 @@ def test_a_gradient_of_one_part_is_one_launch(gpu):
         assert names(gpu, lambda: backend.sampled_grad_conv2d(*small)) == ["_gather_windows"]
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_backward_pass_of_a_linear_map_is_one_launch(gpu, bias):
+    """Of the shapes that layers have, with the addresses of this call, also where it is found before any reshaping."""
+    gy, x, offsets, columns = linear(20, 64, 32, 16)
+    csr = ops.Csr(offsets, columns)
+    for _ in range(4):
+        gy, x = torch.randn(4, 5, 64), torch.randn(4, 5, 32)
+        assert names(gpu, lambda gy=gy, x=x: backend.linear_gradients(gy, x, csr, bias, None)) == ["_product"]
+        (launched,) = gpu.launches
+        assert {gy.data_ptr(), x.data_ptr(), *csr.addresses} <= set(launched.values)
+    assert names(gpu, lambda: backend.linear_gradients(gy.mT.contiguous().mT, x, csr, bias, None)) == ["_product"]
+
+
 def test_a_gradient_of_several_parts_is_two_launches(gpu):
     for grad in (backend.sampled_grad, gradients.sampled_grad_with_bias):
         few, many = linear(2000, 64, 32, 1), linear(2000, 64, 32, 16)

@@ -5,6 +5,8 @@ has two ways, chosen by density: the tile product multiplies whole tiles on tens
 gathering fetches two numbers for each product.
 """
 
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
@@ -60,11 +62,17 @@ def sampled_grad_with_bias(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: 
     return grad, bias_grad
 
 
+def _key(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor, bias: bool) -> Hashable:
+    """What a launch depends on."""
+    where = gy.data_ptr(), x.data_ptr(), row_offsets.data_ptr(), columns.data_ptr()
+    kinds = gy.shape, gy.stride(), gy.dtype, x.shape, x.stride(), x.dtype, columns.shape
+    return kinds, alignment(where), gy.get_device(), bias
+
+
 def _sums(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor, bias: bool) -> Tensor:
     """The gradient, ``[nnz]``, and behind it the bias's, ``[O]``, if ``bias``."""
     where = gy.data_ptr(), x.data_ptr(), row_offsets.data_ptr(), columns.data_ptr()
-    kinds = gy.shape, gy.stride(), gy.dtype, x.shape, x.stride(), x.dtype, columns.shape
-    key = kinds, alignment(where), gy.get_device(), bias
+    key = _key(gy, x, row_offsets, columns, bias)
     plan = _plans.find(key)
     if plan is not None:
         found: Tensor = plan.run(gy.device, *where)
@@ -89,11 +97,26 @@ def linear_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`.reference.linear_gradients` of an input that is there."""
     assert how is None, "inputs are computed again before the call"
+    key: Hashable = None
+    if gy.is_contiguous() and x.is_contiguous():  # what a layer's backward pass repeats is found before anything is reshaped
+        where = gy.data_ptr(), x.data_ptr(), *csr.addresses
+        key = "linear", gy.shape, gy.dtype, x.shape, x.dtype, csr.nnz, alignment(where), gy.get_device(), wants_bias
+        plan = _plans.find(key)
+        if plan is not None:
+            sums: Tensor = plan.run(gy.device, *where)
+            if not wants_bias:
+                return sums, None
+            grad, bias = sums.split_with_sizes((csr.nnz, gy.shape[-1]))
+            return grad, bias
     rows = gy.reshape(-1, gy.shape[-1])
     if not rows.numel() or not csr.nnz:
         return torch.zeros(csr.nnz, device=gy.device), rows.sum(0) if wants_bias else None
     of_rows = rows, x.reshape(-1, x.shape[-1]), csr.row_offsets, csr.columns
-    return sampled_grad_with_bias(*of_rows) if wants_bias else (sampled_grad(*of_rows), None)
+    found = sampled_grad_with_bias(*of_rows) if wants_bias else (sampled_grad(*of_rows), None)
+    plan = None if key is None else _plans.find(_key(*of_rows, wants_bias))
+    if plan is not None:
+        _plans.note(key, plan)
+    return found
 
 
 def prefer_product(nnz: int, gy: Tensor, x: Tensor) -> bool:
