@@ -1,5 +1,6 @@
 """The tuned entries of a model, apart from the model."""
 
+import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fps_kernels import ops
+from fps_kernels.deltas.buffers import check_places, loss_of
 from fps_kernels.deltas.file_format import DeltaContent, read_file, write_file
 from fps_kernels.storage.checked_file import Path_
 from fps_kernels.tuning.tuned_weight import TunedWeight
@@ -26,6 +28,10 @@ class Delta(DeltaContent):
         dense: tuned parameters that are stored whole, by name, float32 or bfloat16, on the CPU.
         base: :func:`fingerprint` of the model that they belong to.
         versions: of the packages that wrote it.
+        buffers: buffers that changed, such as the statistics of batch norms, whole, by name, in their own dtype, on the CPU.
+            ``delta.buffers.clear()`` takes them out.
+        buffers_left_out: names of buffers that changed and that it does not hold: the base with this delta is not the tuned
+            model, and whatever applies it warns.
     """
 
     def __post_init__(self) -> None:
@@ -38,24 +44,29 @@ class Delta(DeltaContent):
 
     @property
     def entries(self) -> int:
-        """Numbers that it holds."""
+        """Tuned numbers that it holds; those of buffers are not counted."""
         return self.selection.nnz + sum(t.numel() for t in self.dense.values())
 
     def __repr__(self) -> str:
         whole = sum(t.numel() for t in self.dense.values())
-        return f"Delta({self.selection.nnz:,} entries of {len(self.values)} weights, {whole:,} in {len(self.dense)} whole)"
+        more = f", {len(self.buffers)} buffers" if self.buffers else ""
+        more += f", {len(self.buffers_left_out)} changed buffers left out" if self.buffers_left_out else ""
+        entries = f"{self.selection.nnz:,} entries of {len(self.values)} weights"
+        return f"Delta({entries}, {whole:,} in {len(self.dense)} whole{more})"
 
     # ------------------------------------------------------------------------------------------------ on a model
 
     @torch.no_grad()
     def apply_(self, model: nn.Module, *, check_base: bool = True) -> None:
-        """Write the tuned entries into a model of the same base; everything else keeps its bits.
+        """Write the tuned entries and the buffers into a model of the same base; everything else keeps its bits.
 
         The values that were there are kept until :meth:`revert_`: as much memory as the delta has entries. Where the entries
-        lie is kept for the next time: 8 bytes an entry.
+        lie is kept for the next time: 8 bytes an entry. A delta without buffers that changed (``buffers_left_out``) is
+        applied with a warning.
 
         Args:
-            model: the base model, on any device, in float32, bfloat16 or float16.
+            model: the base model, on any device, in float32, bfloat16 or float16. Values of floating-point buffers are
+                converted as those of parameters are.
             check_base: compare fingerprints first, which reads some entries of each parameter.
 
         Raises:
@@ -66,6 +77,7 @@ class Delta(DeltaContent):
             raise ValueError("this delta is applied already: revert it first, or load it a second time")
         survey = Survey.of(model)
         parameters = self._checked(survey.parameters)
+        buffers = check_places(self.buffers, _buffers_of(model))
         if check_base and fingerprint(survey) != self.base:
             raise ValueError(
                 "the delta is of another base model, or this one was changed since (is another delta applied?): the "
@@ -78,21 +90,26 @@ class Delta(DeltaContent):
             before[name] = memory[places]
         for name in self.dense:
             before[name] = parameters[name].detach().clone()
-        self._write(parameters)
+        for name, b in buffers.items():
+            before[name] = b.clone()
+        self._write(parameters, buffers)
         self._applied = weakref.ref(model), before
+        self._warn_of_buffers()
 
     @torch.no_grad()
     def revert_(self, model: nn.Module) -> None:
         """Write back what :meth:`apply_` found, bit for bit.
 
         Raises:
-            ValueError: it is not applied to this model, or the model was converted or attached since. The model is
-                unchanged then.
+            ValueError: it is not applied to this model, or the model was converted or attached since, or has other
+                buffers. The model is unchanged then.
         """
         if self._applied is None or self._applied[0]() is not model:
             raise ValueError("this delta is not applied to this model: apply_ it first")
         before = self._applied[1]
         parameters = self._checked(dict(model.named_parameters(remove_duplicate=False)))
+        # What it was applied with: the delta's own buffers may have been taken out since.
+        parameters |= check_places({n: b for n, b in before.items() if n not in parameters}, _buffers_of(model))
         for name, values in before.items():
             p = parameters[name]
             if (p.dtype, p.device) != (values.dtype, values.device):
@@ -101,28 +118,39 @@ class Delta(DeltaContent):
                     f"{p.device} now: convert the model back first"
                 )
         for name, values in before.items():
-            if name in self.dense:
-                parameters[name].detach().copy_(values)
-            else:
+            if name in self.selection:
                 memory, places = self._entries(name, parameters[name])
                 memory[places] = values
+            else:
+                parameters[name].detach().copy_(values)
         self._applied = None
 
     @torch.no_grad()
     def write_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write the tuned entries into the tensors of a checkpoint of the base model, by name, without a way back.
+        """Write tuned entries and buffers into the tensors of a checkpoint of the base model, by name, without a way back.
 
         Raises:
             ValueError: tensors that are missing or of another shape or dtype. Nothing is written then.
         """
-        self._write(self._checked(tensors))
+        self._write(self._checked(tensors), check_places(self.buffers, tensors))
+        self._warn_of_buffers()
 
-    def _write(self, parameters: Mapping[str, Tensor]) -> None:
+    def _warn_of_buffers(self) -> None:
+        if self.buffers_left_out:
+            warnings.warn(
+                f"{loss_of(self.buffers_left_out)}: what it is applied to does not predict what the tuned model did; save "
+                "the delta with buffers=True",
+                stacklevel=4,  # whoever called what calls this, behind torch.no_grad
+            )
+
+    def _write(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         for name in self.selection:
             memory, places = self._entries(name, parameters[name])
             memory[places] = self.values[name].to(memory.device, memory.dtype)
         for name, values in self.dense.items():
             parameters[name].detach().copy_(values)
+        for name, values in self.buffers.items():
+            buffers[name].copy_(values)
 
     def _entries(self, name: str, p: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A view of a parameter's memory, and the indices of the chosen entries in it."""
@@ -159,12 +187,14 @@ class Delta(DeltaContent):
     def save(self, path: Path_, dtype: torch.dtype | None = None) -> None:
         """Write a safetensors file: columns in as few bits as they need, values in ``dtype``; see ``docs/format.md``.
 
+        Buffers are written bit by bit.
+
         Args:
             path: where; what is there is replaced at once, or stays if the writing fails.
             dtype: ``torch.float32`` or ``torch.bfloat16`` for the values; as they are if not given.
 
         Raises:
-            ValueError: another dtype.
+            ValueError: another dtype, or a buffer of a dtype that files have no place for (complex, 8-bit floating-point).
         """
         if dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
@@ -179,3 +209,7 @@ class Delta(DeltaContent):
             OSError: it cannot be read.
         """
         return cls(**vars(read_file(path)))
+
+
+def _buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_buffers(remove_duplicate=False))

@@ -1,5 +1,6 @@
 """How a delta lies in a file: columns in as few bits as they need, values one after the other; see ``docs/format.md``."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +11,35 @@ from torch import Tensor
 from fps_kernels import ops
 from fps_kernels.selection import Selection, WeightSelection, uniform_row_offsets
 from fps_kernels.storage.bits import bits_for, pack, packed_size, unpack
-from fps_kernels.storage.checked_file import Path_, distrusted, read, texts_by_name, whole_number, whole_numbers, write
+from fps_kernels.storage.checked_file import (
+    Path_,
+    distrusted,
+    format_of,
+    read,
+    texts,
+    texts_by_name,
+    whole_number,
+    whole_numbers,
+    write,
+)
 from fps_kernels.weights.matrix import MatrixLayout
 
 FORMAT = "fps_kernels.delta.1"
+WITH_BUFFERS = "fps_kernels.delta.2"  # so that a reader that knows no buffers refuses it by its version
+FORMATS = (FORMAT, WITH_BUFFERS)
 _STORED = {torch.float32: "values_float32", torch.bfloat16: "values_bfloat16"}
+_BUFFER_DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (
+        *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+}
+
+
+def can_hold(buffer: Tensor) -> bool:
+    """Whether a file has a place for a buffer of this dtype."""
+    return buffer.dtype in _BUFFER_DTYPES.values()
 
 
 @dataclass(eq=False)
@@ -26,10 +51,16 @@ class DeltaContent:
     dense: dict[str, Tensor]
     base: str
     versions: dict[str, str] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    buffers_left_out: tuple[str, ...] = ()
 
 
 def write_file(path: Path_, delta: DeltaContent, dtype: torch.dtype | None) -> None:
-    """Write a delta with its values in ``dtype``, or as they are."""
+    """Write a delta with its values in ``dtype``, or as they are. Buffers are written as they are.
+
+    Raises:
+        ValueError: a buffer of a dtype that a file has no place for. Nothing is written then.
+    """
     weights: dict[str, Any] = {}
     packed: list[Tensor] = []
     values: dict[torch.dtype, list[Tensor]] = {torch.float32: [], torch.bfloat16: []}
@@ -60,7 +91,14 @@ def write_file(path: Path_, delta: DeltaContent, dtype: torch.dtype | None) -> N
     }
     tensors = {"indices": torch.cat(packed)} if packed else {}
     tensors |= {_STORED[d]: torch.cat(parts) for d, parts in values.items() if parts}
-    write(path, FORMAT, content, tensors)
+    if delta.buffers:
+        content["buffers"] = {
+            name: {"shape": list(b.shape), "dtype": str(b.dtype).removeprefix("torch.")} for name, b in delta.buffers.items()
+        }
+        tensors |= _joined(delta.buffers)
+    if delta.buffers_left_out:
+        content["buffers_left_out"] = list(delta.buffers_left_out)
+    write(path, WITH_BUFFERS if delta.buffers else FORMAT, content, tensors)
 
 
 def read_file(path: Path_) -> DeltaContent:
@@ -70,9 +108,30 @@ def read_file(path: Path_) -> DeltaContent:
         ValueError: the file is no delta, is cut off or changed, or what it says does not fit together.
         OSError: it cannot be read.
     """
-    content, tensors = read(path, FORMAT, "delta")
+    found = format_of(path)
+    content, tensors = read(path, WITH_BUFFERS if found == WITH_BUFFERS else FORMAT, "delta")
     with distrusted(path):
-        return _read(content, tensors)
+        # What is left of the tensors after the buffers is what a file without buffers has.
+        buffers = _read_buffers(content["buffers"], tensors) if found == WITH_BUFFERS else {}
+        delta = _read(content, tensors)
+        left_out = tuple(texts(content.get("buffers_left_out", [])))
+        for names in (delta.selection.weights, delta.dense, left_out):
+            if both := sorted(buffers.keys() & set(names)):
+                raise ValueError(f"it has {both[0]} twice, as a buffer and as something else")
+        delta.buffers, delta.buffers_left_out = buffers, left_out
+        return delta
+
+
+def _joined(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Buffers of one dtype one after the other: a network has hundreds, which would have a header as large as they are."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, b in buffers.items():
+        if not can_hold(b):
+            known = ", ".join(_BUFFER_DTYPES)
+            raise ValueError(f"the buffer {name} is {b.dtype}, and a delta file holds {known}: take it out of delta.buffers")
+        kind = str(b.dtype).removeprefix("torch.")
+        parts.setdefault(f"buffers_{kind}", []).append(b.detach().reshape(-1).cpu())
+    return {name: torch.cat(found) for name, found in parts.items()}
 
 
 def _append(
@@ -101,6 +160,26 @@ class _Stream:
     def check_empty(self) -> None:
         if self.rest.numel():
             raise ValueError(f"{self.name} has {self.rest.numel()} items too many")
+
+
+def _read_buffers(described: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The buffers of a file, whose tensors are taken out of ``tensors``."""
+    streams = {}
+    for kind, dtype in _BUFFER_DTYPES.items():
+        if (found := tensors.pop(f"buffers_{kind}", None)) is not None:
+            streams[kind] = _Stream(f"buffers_{kind}", found, dtype)
+            if dtype == torch.bool and bool((found.view(torch.uint8) > 1).any()):
+                raise ValueError(f"buffers_{kind} has bytes that are neither 0 nor 1")
+    buffers = {}
+    for name, said in described.items():
+        if said["dtype"] not in streams:
+            raise ValueError(f"the buffer {name} is {said['dtype']!r}, of which the file has none")
+        shape = whole_numbers(said["shape"])
+        # A slice of its own, so that a buffer that is kept keeps no others.
+        buffers[name] = streams[said["dtype"]].take(math.prod(shape)).view(shape).clone()
+    for stream in streams.values():
+        stream.check_empty()
+    return buffers
 
 
 def _read(content: dict[str, Any], tensors: dict[str, Tensor]) -> DeltaContent:

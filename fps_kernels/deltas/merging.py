@@ -10,15 +10,16 @@ from torch import Tensor
 from fps_kernels.deltas.delta import Delta
 from fps_kernels.deltas.making import package_versions
 from fps_kernels.selection import Selection, WeightSelection
+from fps_kernels.weights.buffers import same_bits
 from fps_kernels.weights.matrix import MatrixLayout
 
 
 @dataclass(frozen=True)
 class Conflict:
-    """Entries of one parameter that two deltas both changed, to different values.
+    """Entries of one parameter, or of one buffer, that two deltas both changed, to different values.
 
     Attributes:
-        name: the parameter.
+        name: the parameter or buffer.
         entries: how many.
         largest: the largest difference between the two values.
     """
@@ -36,13 +37,15 @@ def merge(
     Args:
         deltas: at least one, all of one base.
         on_conflict: what becomes of an entry to which two deltas give different values: an error, the value of the first
-            or the last delta that has it, or the mean of all that have it.
+            or the last delta that has it, or the mean of all that have it. Buffers are taken whole, and have no mean:
+            counters and statistics of norms belong to the weights that they were gathered with.
 
     Returns:
         The merged delta, values in float32, and one :class:`Conflict` for each parameter that has any.
 
     Raises:
-        ValueError: no delta, deltas of different bases or of different shapes, or conflicts where they are errors.
+        ValueError: no delta, deltas of different bases or of different shapes, or conflicts where they are errors; buffers
+            that differ where the mean was asked for.
     """
     if on_conflict not in ("error", "first", "last", "mean"):
         raise ValueError(f"on_conflict must be error, first, last or mean, got {on_conflict!r}")
@@ -60,8 +63,28 @@ def merge(
             dense[name] = found
         else:
             weights[name], values[name] = found
+    buffers = {}
+    for name in dict.fromkeys(name for delta in deltas for name in delta.buffers):
+        buffers[name], conflict = _merged_buffer(name, [d.buffers[name] for d in deltas if name in d.buffers], on_conflict)
+        conflicts += [conflict] if conflict else []
+    left_out = tuple(dict.fromkeys(n for delta in deltas for n in delta.buffers_left_out if n not in buffers))
     selection = Selection(weights, tuple(dense), description={"scorer": f"{len(deltas)} deltas merged"})
-    return Delta(selection, values, dense, deltas[0].base, package_versions()), conflicts
+    return Delta(selection, values, dense, deltas[0].base, package_versions(), buffers, left_out), conflicts
+
+
+def _merged_buffer(name: str, parts: list[Tensor], on_conflict: str) -> tuple[Tensor, Conflict | None]:
+    if len({(b.dtype, b.shape) for b in parts}) > 1:
+        raise ValueError(f"the deltas are of different models: the buffer {name} has several shapes or dtypes")
+    if all(same_bits(parts[0], b) for b in parts[1:]):
+        return parts[0].clone(), None
+    if on_conflict not in ("first", "last"):
+        raise ValueError(
+            f"the buffer {name} has different values in several deltas, and buffers have no mean: choose "
+            "on_conflict='first' or 'last', or take them out of all but one with delta.buffers.clear()"
+        )
+    every = torch.stack(parts).double()
+    apart = every.amax(0) - every.amin(0)
+    return parts[0 if on_conflict == "first" else -1].clone(), Conflict(name, int((apart != 0).sum()), float(apart.max()))
 
 
 def _merged(

@@ -15,6 +15,7 @@ from fps_kernels.tuning.groups import Options, grouped
 from fps_kernels.tuning.optimizer_checks import checksum
 from fps_kernels.tuning.places import Place, all_there, find_places
 from fps_kernels.tuning.tuned_weight import become_plain, lengthen
+from fps_kernels.weights.buffers import BufferNotes
 
 
 class Tuner:
@@ -25,6 +26,7 @@ class Tuner:
         compact: the values of the chosen entries, float32 ``[nnz]`` parameters in CSR order, by the names of their weights.
         dense: the parameters that are trained whole, by name.
         base: fingerprint of the model as it was attached.
+        buffers: what tells which persistent buffers, such as the statistics of batch norms, changed since then.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Tuner:
         self._entries = entries
         self.dense = dense
         self.base = base
+        self.buffers = BufferNotes(model)
         self._description = description
         self._frozen: dict[nn.Parameter, bool] = {}
         self._loading: RemovableHandle | None = None

@@ -65,6 +65,8 @@ def one_input(data: bytes) -> None:
         for w in chosen.weights.values():
             assert w.columns.numel() == int(w.row_offsets[-1])
             assert not w.nnz or int(w.columns.max()) < w.layout.shape[1]
+        if isinstance(loaded, Delta):
+            assert sum(b.nbytes for b in loaded.buffers.values()) <= len(data)
 
 
 def seeds() -> list[bytes]:
@@ -78,6 +80,11 @@ def seeds() -> list[bytes]:
         made.append(FILE.read_bytes())
         fps.save_delta(fps.attach(model, chosen), FILE, dtype=torch.bfloat16 if budget == fps.PerNeuron(1) else None)
         made.append(FILE.read_bytes())
+    normed = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    tuner = fps.attach(normed, fps.select(normed, [torch.randn(2, 3)], budget=fps.PerNeuron(1)))
+    normed.train()(torch.randn(4, 3))
+    fps.save_delta(tuner, FILE, buffers=True)
+    made.append(FILE.read_bytes())
     return made
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import fps_kernels as fps
-from fps_kernels.deltas.file_format import FORMAT
+from fps_kernels.deltas.file_format import FORMAT, WITH_BUFFERS
 from fps_kernels.storage import checked_file
 from tests.support.deltas import tuned
 from tests.support.models import Classifier
@@ -80,6 +81,83 @@ def test_lies_are_refused(saved, tmp_path, where, what):
     checked_file.write(path, FORMAT, content, tensors)
     with pytest.raises(ValueError, match="lie is damaged"):
         fps.load_delta(path)
+
+
+BUFFER_LIES = [
+    (("buffers", "0.running_mean", "shape"), [10**12]),
+    (("buffers", "0.running_mean", "shape"), [0, 2**70]),
+    (("buffers", "0.running_mean", "shape"), [4]),
+    (("buffers", "0.running_mean", "shape"), [-3]),
+    (("buffers", "0.running_mean", "shape"), None),
+    (("buffers", "0.running_mean", "dtype"), "int64"),
+    (("buffers", "0.running_mean", "dtype"), "complex64"),
+    (("buffers", "0.running_mean", "dtype"), ["float32"]),
+    (("buffers", "0.running_mean"), 7),
+    (("buffers", "1.bias"), {"shape": [0], "dtype": "float32"}),
+    (("buffers",), []),
+    (("buffers",), {}),
+    (("buffers_left_out",), ["0.running_mean"]),
+    (("buffers_left_out",), "0.running_mean"),
+    (("buffers_left_out",), [7]),
+]
+
+
+@pytest.fixture(scope="module")
+def with_buffers(tmp_path_factory):
+    """What a file with buffers of three dtypes is made of: fresh for each who changes it."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    model[0].register_buffer("flags", torch.tensor([False, False]))
+    tuner = fps.attach(model, fps.select(model.eval(), [torch.randn(2, 3)], include="1.weight", dense="1.bias"))
+    model.train()(torch.randn(4, 3))
+    model[0].flags[1] = True
+    path = tmp_path_factory.mktemp("buffers") / "task.safetensors"
+    fps.save_delta(tuner, path, buffers=True)
+    return lambda: checked_file.read(path, WITH_BUFFERS, "delta")
+
+
+@pytest.mark.parametrize(("where", "what"), BUFFER_LIES)
+def test_lies_about_buffers_are_refused(with_buffers, tmp_path, where, what):
+    content, tensors = with_buffers()
+    inner = content
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = what
+    checked_file.write(tmp_path / "lie", WITH_BUFFERS, content, tensors)
+    with pytest.raises(ValueError, match="lie is damaged"):
+        fps.load_delta(tmp_path / "lie")
+
+
+def test_tensors_of_buffers_are_checked(with_buffers, tmp_path):
+    def written(file_format: str = WITH_BUFFERS, **changed: torch.Tensor) -> None:
+        content, tensors = with_buffers()
+        checked_file.write(tmp_path / "lie", file_format, content, {**tensors, **changed})
+
+    written()
+    assert fps.load_delta(tmp_path / "lie").buffers["0.flags"].tolist() == [False, True]
+    for changed, message in (
+        ({"buffers_bool": torch.tensor([0, 2], dtype=torch.uint8).view(torch.bool)}, "neither 0 nor 1"),
+        ({"buffers_bool": torch.zeros(2)}, "must be one-dimensional torch.bool"),
+        ({"buffers_float32": torch.zeros(7)}, "1 items too many"),
+        ({"buffers_float32": torch.zeros(5)}, "items left"),
+        ({"buffers_int8": torch.zeros(1, dtype=torch.int8)}, "1 items too many"),
+        ({"buffers_complex64": torch.zeros(1)}, "does not belong there"),
+    ):
+        written(**changed)
+        with pytest.raises(ValueError, match=f"lie is damaged: .*{message}"):
+            fps.load_delta(tmp_path / "lie")
+    written(FORMAT)
+    with pytest.raises(ValueError, match="lie is damaged: it has a tensor 'buffers_bool' that does not belong there"):
+        fps.load_delta(tmp_path / "lie")
+
+
+def test_a_buffer_that_no_file_can_hold(with_buffers, tmp_path):
+    content, tensors = with_buffers()
+    checked_file.write(tmp_path / "d", WITH_BUFFERS, content, tensors)
+    delta = fps.load_delta(tmp_path / "d")
+    delta.buffers["phase"] = torch.zeros(1, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="the buffer phase is torch.complex64"):
+        delta.save(tmp_path / "e")
+    assert not (tmp_path / "e").exists()
 
 
 def test_other_files_are_refused(tmp_path):
