@@ -11,16 +11,17 @@ from safetensors.torch import load_file, save_file
 from fps_kernels.cli.config import Config
 from fps_kernels.cli.options import Json, Precision
 from fps_kernels.cli.output import print_json, print_table
+from fps_kernels.deltas.buffers import first_of
 from fps_kernels.deltas.delta import Delta
-from fps_kernels.deltas.file_format import FORMAT as DELTA
-from fps_kernels.runs.progress import note
+from fps_kernels.deltas.file_format import FORMATS
+from fps_kernels.runs.progress import note, warnings_in_lines
 from fps_kernels.selection import Selection
 from fps_kernels.storage.atomic import check_writable, replaced_at_once
 from fps_kernels.storage.checked_file import format_of
 
 
 def _selection(path: Path) -> tuple[Selection, Delta | None]:
-    if format_of(path) == DELTA:
+    if format_of(path) in FORMATS:
         delta = Delta.load(path)
         return delta.selection, delta
     return Selection.load(path), None
@@ -58,12 +59,14 @@ def inspect(
         "density": selection.density,
         "trained_whole": len(selection.dense),
         **selection.description,
-        **({} if delta is None else {"base": delta.base, **delta.versions}),
+        **({} if delta is None else {"base": delta.base, **_buffers(delta), **delta.versions}),
     }
+    listed = {**about, "weights": rows}
+    about |= {k: f"{len(v)} ({first_of(v)})" for k, v in about.items() if isinstance(v, list)}
     if html is not None:
         _write_report(html, about, selection, against, run)
     if json:
-        print_json({**about, "weights": rows})
+        print_json(listed)
         return
     if html is not None:
         typer.echo(f"written: {html} ({html.stat().st_size / 1e6:.1f} MB)")
@@ -83,7 +86,18 @@ def inspect(
         text = f"{value:.4%}" if key == "density" else str(value)
         typer.echo(f"{key}: {text if len(text) <= 100 else text[:99] + '…'}")
     if delta is not None and delta.entries:
-        typer.echo(f"bytes an entry: {path.stat().st_size / delta.entries:.2f}")
+        own = path.stat().st_size - sum(b.nbytes for b in delta.buffers.values())
+        typer.echo(f"bytes an entry: {own / delta.entries:.2f}{' without the buffers' if delta.buffers else ''}")
+
+
+def _buffers(delta: Delta) -> dict[str, Any]:
+    """What is told of the buffers that training changed, where there are any."""
+    found: dict[str, Any] = {}
+    if delta.buffers:
+        found["buffers"] = list(delta.buffers)
+    if delta.buffers_left_out:
+        found["buffers_left_out"] = list(delta.buffers_left_out)
+    return found
 
 
 def _write_report(html: Path, about: dict[str, Any], selection: Selection, against: Path | None, run: Path | None) -> None:
@@ -158,10 +172,16 @@ def apply(
         if name in tensors:
             note(f"{name}: {list(tensors[name].shape)} in the base is replaced by {list(loaded.dense[name].shape)}")
         tensors[name] = torch.empty_like(loaded.dense[name], dtype=usual)
-    loaded.write_into(tensors)
+    # Old checkpoints lack the counters of batch norms, and those of a part of the model lack more.
+    lacking = {n: b for n, b in loaded.buffers.items() if n not in tensors}
+    tensors |= {n: torch.empty_like(b, dtype=usual if b.is_floating_point() else None) for n, b in lacking.items()}
+    with warnings_in_lines():
+        loaded.write_into(tensors)
     with replaced_at_once(output) as temporary:
         save_file(tensors, temporary, {**metadata, "format": "pt"})
     if json:
-        print_json({"file": str(output), "entries": loaded.entries, "weights": len(loaded.values), "new": new})
+        print_json({"file": str(output), "entries": loaded.entries, "weights": len(loaded.values), "new": [*new, *lacking]})
         return
-    typer.echo(f"{output}: {loaded.entries:,} entries of {len(loaded.values)} weights and {len(loaded.dense)} parameters")
+    buffers = f", {len(loaded.buffers)} buffers" if loaded.buffers else ""
+    parts = f"{len(loaded.values)} weights and {len(loaded.dense)} parameters{buffers}"
+    typer.echo(f"{output}: {loaded.entries:,} entries of {parts}")

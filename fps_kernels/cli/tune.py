@@ -100,6 +100,9 @@ def tune(
     bf16_values: Annotated[
         bool, typer.Option("--bf16-values", help="Write the values in bfloat16: a smaller file.", rich_help_panel=RUN)
     ] = False,
+    buffers: Annotated[
+        bool, typer.Option(help="Also write the buffers that training changed, if any.", rich_help_panel=RUN)
+    ] = True,
     json: options.Json = False,
     config: Config = None,
 ) -> None:
@@ -160,6 +163,7 @@ def tune(
         folder=folder,
         output=output,
         bf16_values=bf16_values,
+        buffers=buffers,
         tensorboard=tensorboard,
     )
     tuned = tune_model(job, loaded, train, test)

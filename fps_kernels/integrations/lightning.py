@@ -27,6 +27,8 @@ class TuneSelected(lightning.Callback):  # type: ignore[misc]
     Args:
         choose: ``choose(module)`` gives the :class:`fps_kernels.Selection` of the module; names are the module's own.
         delta: where the tuned entries go at the end; nowhere if not given.
+        buffers: also hold the buffers that the fit changed, such as the statistics of batch norms; see
+            :func:`fps_kernels.save_delta`.
 
     Attributes:
         tuner: the tuner, from the start of the fit on; it stays attached after it.
@@ -36,9 +38,12 @@ class TuneSelected(lightning.Callback):  # type: ignore[misc]
         >>> lightning.Trainer(callbacks=[tuning]).fit(module, loader)
     """
 
-    def __init__(self, choose: Callable[[nn.Module], Selection], delta: str | PathLike[str] | None = None) -> None:
+    def __init__(
+        self, choose: Callable[[nn.Module], Selection], delta: str | PathLike[str] | None = None, buffers: bool = True
+    ) -> None:
         self.choose = choose
         self.delta = delta
+        self.buffers = buffers
         self.tuner: Tuner | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -52,4 +57,4 @@ class TuneSelected(lightning.Callback):  # type: ignore[misc]
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Called by the trainer at the end."""
         if self.delta is not None and self.tuner is not None and trainer.is_global_zero:
-            save_delta(self.tuner, self.delta)
+            save_delta(self.tuner, self.delta, buffers=self.buffers)

@@ -6,6 +6,7 @@ layer has: SHiRA ``r * (inputs + outputs)`` (:class:`fps_kernels.LikeLoRA`), Sup
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -22,6 +23,7 @@ from fps_kernels.choosing.budgets import LikeLoRA, ScoredWeight
 from fps_kernels.choosing.calibration import calibrate
 from fps_kernels.choosing.scorers import FPS, ColumnScorer
 from fps_kernels.choosing.statistics import ActivationStats
+from fps_kernels.deltas.buffers import first_of, loss_of
 from fps_kernels.deltas.delta import Delta
 from fps_kernels.selection import Selection, WeightSelection
 from fps_kernels.weights.fingerprint import fingerprint
@@ -105,9 +107,10 @@ def write_shira(folder: Folder, source: Selection | Delta, model: nn.Module, ran
             Choose within ``LikeLoRA(rank)`` and there are none.
 
     Raises:
-        ValueError: a source of another model; entries of what is no linear layer, or parameters trained whole other than
-            those of modules, which SHiRA has no place for; a rank with fewer places than entries, or more than a weight
-            has entries. Nothing is written then.
+        ValueError: a source of another model; a delta that holds buffers, which SHiRA has no place for
+            (``delta.buffers.clear()`` takes them out); entries of what is no linear layer, or parameters trained whole
+            other than those of modules, likewise; a rank with fewer places than entries, or more than a weight has entries.
+            Nothing is written then.
 
     Example:
         >>> selection = fps.select(model, loader, budget=fps.LikeLoRA(4), dense="head.*")
@@ -173,6 +176,15 @@ def _sparse_and_whole(
 ) -> tuple[dict[str, tuple[WeightSelection, Tensor]], dict[str, Tensor]]:
     """What is added to the chosen entries of each weight, float32 ``[nnz]``, and the parameters that are stored whole."""
     selection = source.selection if isinstance(source, Delta) else source
+    if isinstance(source, Delta):
+        if source.buffers:
+            raise ValueError(
+                f"the delta holds buffers that training changed ({first_of(source.buffers)}), and PEFT's adapters have no "
+                "place for them: delta.buffers.clear() takes them out, but the adapter then predicts something else"
+            )
+        if source.buffers_left_out:
+            lost = loss_of(source.buffers_left_out)
+            warnings.warn(f"{lost}, nor does the adapter: it predicts something else than what was tuned", stacklevel=3)
     if isinstance(source, Delta) and fingerprint(model) != source.base:
         raise ValueError("the delta is of another base model, or this one was changed since: the fingerprints differ")
     parameters = selection.check(model)

@@ -42,6 +42,8 @@ class SaveDelta(TrainerCallback):  # type: ignore[misc]
 
     Args:
         tuner: from :func:`fps_kernels.attach`.
+        buffers: also hold the buffers that training changed, such as the statistics of batch norms; see
+            :func:`fps_kernels.save_delta`.
 
     Example:
         >>> trainer = Trainer(model, args, callbacks=[SaveDelta(tuner)], train_dataset=data)
@@ -49,18 +51,19 @@ class SaveDelta(TrainerCallback):  # type: ignore[misc]
         >>> fps.load_delta("output/delta.safetensors").apply_(base_model)
     """
 
-    def __init__(self, tuner: Tuner) -> None:
+    def __init__(self, tuner: Tuner, buffers: bool = True) -> None:
         self.tuner = tuner
+        self.buffers = buffers
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by ``Trainer`` after a checkpoint was written."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            save_delta(self.tuner, folder / DELTA_FILE)
+            save_delta(self.tuner, folder / DELTA_FILE, buffers=self.buffers)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by ``Trainer`` at the end."""
         if state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            save_delta(self.tuner, Path(args.output_dir) / DELTA_FILE)
+            save_delta(self.tuner, Path(args.output_dir) / DELTA_FILE, buffers=self.buffers)

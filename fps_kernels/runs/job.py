@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fps_kernels.deltas.buffers import first_of
 from fps_kernels.deltas.making import save_delta
 from fps_kernels.memory import format_bytes
 from fps_kernels.runs.choice import Choice, choose
@@ -18,7 +19,7 @@ from fps_kernels.runs.folder import RunFolder, read_metrics
 from fps_kernels.runs.images import ImageSet, Reading
 from fps_kernels.runs.loop import Habits, Recipe, Training
 from fps_kernels.runs.models import Loaded
-from fps_kernels.runs.progress import note, progress_bar, warn
+from fps_kernels.runs.progress import note, progress_bar, warn, warnings_in_lines
 from fps_kernels.runs.stopping import StopSignal
 from fps_kernels.selection import Selection
 from fps_kernels.tuning.attaching import attach
@@ -40,6 +41,7 @@ class Job:
         folder: of the run.
         output: the delta.
         bf16_values: write its values in bfloat16.
+        buffers: hold the buffers that training changed.
         tensorboard: folder for TensorBoard.
     """
 
@@ -53,6 +55,7 @@ class Job:
     folder: Path
     output: Path
     bf16_values: bool
+    buffers: bool
     tensorboard: Path | None
 
 
@@ -139,11 +142,13 @@ def tune_model(job: Job, loaded: Loaded, train: ImageSet, test: ImageSet) -> Tun
             board = None if writer is None else writer(str(job.tensorboard), purge_step=purge)
             with StopSignal() as stop:
                 training.run(stop)
-            save_delta(tuner, job.output, torch.bfloat16 if job.bf16_values else None)
+            with warnings_in_lines():
+                save_delta(tuner, job.output, torch.bfloat16 if job.bf16_values else None, job.buffers)
+            told = tuner.buffers.changed(loaded.model)
         if board is not None:
             board.close()
-        if lost := training.changed_buffers():
-            warn(f"the model changed its buffer {lost[0]} while it was tuned, which a delta does not hold")
+        if lost := [name for name in training.changed_buffers() if name not in told]:
+            warn(f"the model changed {first_of(lost)} while it was tuned: no checkpoint and no delta holds such buffers")
         return _outcome(job, training)
 
 

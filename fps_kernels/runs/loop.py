@@ -286,7 +286,7 @@ class Training:
         self.on_record(record)
 
     def changed_buffers(self) -> list[str]:
-        """Names of buffers that are not as they were: a delta does not hold them."""
+        """Names of buffers that are not as they were, also of those in no ``state_dict``: the run depends on them."""
         now = dict(self.loaded.model.named_buffers())
         return [name for name, b in self._buffers.items() if name in now and not torch.equal(now[name], b)]
 

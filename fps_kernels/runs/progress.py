@@ -1,6 +1,9 @@
 """What a long command tells on standard error: notes, warnings, a bar."""
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -14,6 +17,16 @@ def note(text: str) -> None:
 def warn(text: str) -> None:
     """One line that says what the user may not have meant."""
     note(f"warning: {text}")
+
+
+@contextmanager
+def warnings_in_lines() -> Iterator[None]:
+    """What the library warns of meanwhile is told as the command's own warnings are, without a place in its code."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        warn(str(warning.message))
 
 
 def progress_bar() -> Progress:

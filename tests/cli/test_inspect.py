@@ -39,6 +39,26 @@ def test_inspect(files):
     assert "bytes an entry" in output("inspect", folder / "delta.safetensors")
 
 
+def test_buffers_are_shown(tmp_path):
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)).eval()
+    save_file(model.state_dict(), tmp_path / "base")
+    tuner = fps.attach(model, fps.select(model, [torch.randn(4, 3)], budget=fps.PerNeuron(1), include="1.weight"))
+    model.train()(torch.randn(4, 3))
+    names = ["0.running_mean", "0.running_var", "0.num_batches_tracked"]
+    fps.save_delta(tuner, tmp_path / "held", buffers=True)
+    with pytest.warns(UserWarning, match="3 buffers"):
+        fps.save_delta(tuner, tmp_path / "left")
+    for file, key in (("held", "buffers"), ("left", "buffers_left_out")):
+        assert json.loads(output("inspect", tmp_path / file, "--json"))[key] == names
+        assert f"{key}: 3 ({', '.join(names)})" in output("inspect", tmp_path / file)
+        output("inspect", tmp_path / file, "--html", tmp_path / "r.html")
+        assert f"3 ({', '.join(names)})" in (tmp_path / "r.html").read_text()
+    done = cli("apply", tmp_path / "left", tmp_path / "base", tmp_path / "tuned")
+    assert done.message.startswith("warning: training changed 3 buffers (0.running_mean")
+    assert "3 buffers" in output("apply", tmp_path / "held", tmp_path / "base", tmp_path / "tuned")
+    assert torch.equal(load_file(tmp_path / "tuned")["0.running_mean"], model[0].running_mean)
+
+
 def test_compare(files):
     folder, selections, _ = files
     found = json.loads(output("compare", folder / "first.safetensors", folder / "second.safetensors", "--json"))

@@ -82,7 +82,7 @@ def test_a_given_selection_is_the_same_as_choosing_it_here(small, tmp_path):
 
 
 def test_batch_norm_keeps_its_statistics(task, tmp_path):
-    """A delta has no place for them, so that it would not be the tuned model."""
+    """As in the protocol: norm layers stay as they are."""
     torch.manual_seed(3)
     base = timm.create_model("test_efficientnet", num_classes=2)
     save_file({k: v for k, v in base.state_dict().items() if "classifier" not in k}, tmp_path / "base.safetensors")
@@ -96,6 +96,34 @@ def test_batch_norm_keeps_its_statistics(task, tmp_path):
     for name, b in base.named_buffers():
         assert torch.equal(b, tuned.get_buffer(name)), name
     assert not torch.equal(base.get_parameter("conv_stem.weight"), tuned.get_parameter("conv_stem.weight"))
+
+
+@pytest.mark.parametrize("buffers", [True, False])
+def test_buffers_that_change_in_a_run_are_in_its_delta(task, tmp_path, monkeypatch, buffers):
+    """Such as those of a norm that knows nothing of ``track_running_stats``. Stopped in between, it goes on with them."""
+    monkeypatch.setattr("fps_kernels.runs.loop._freeze_running_statistics", lambda model: None)
+    base = timm.create_model("test_efficientnet", num_classes=2)
+    state = {k: v for k, v in base.state_dict().items() if "classifier" not in k}
+    save_file({k: v for k, v in state.items() if not k.startswith("bn2.num")}, tmp_path / "base.safetensors")
+    arguments = ["test_efficientnet", "--checkpoint", tmp_path / "base.safetensors", "--data", task, "--workers", 0]
+    arguments += ["--image-size", 32, "--epochs", 2, "--seed", 4, "--output", tmp_path / "t.safetensors", "--json"]
+    if not buffers:
+        done = cli("tune", *arguments, "--no-buffers")
+        assert done.err.count("warning: training changed ") == 1
+        assert not fps.load_delta(tmp_path / "t.safetensors").buffers
+        return
+    done = cli("tune", *arguments)
+    assert done.code == 0, done.err
+    assert "buffer" not in done.err
+    first = fps.load_delta(tmp_path / "t.safetensors").buffers
+    again = cli("tune", *arguments)  # everything is read from the folder
+    second = fps.load_delta(tmp_path / "t.safetensors").buffers
+    assert (again.code, first.keys()) == (0, second.keys())
+    assert all(torch.equal(b, second[name]) for name, b in first.items())
+    output("apply", tmp_path / "t.safetensors", tmp_path / "base.safetensors", tmp_path / "tuned.safetensors")
+    written = load_file(tmp_path / "tuned.safetensors")
+    assert first.keys() == {name for name, _ in base.named_buffers()}
+    assert all(torch.equal(b, written[name]) for name, b in first.items())
 
 
 def test_tensorboard(small, tmp_path):

@@ -150,7 +150,17 @@ def test_what_adapters_cannot_hold_is_refused(tmp_path):
         write_shira(tmp_path / "a", delta_of(tuned(model, fps.LikeLoRA(1))), vit())
     with pytest.raises(ValueError, match="the selection names no weight"):
         write_shira(tmp_path / "a", fps.Selection({}), model)
+    delta = delta_of(tuned(model, fps.LikeLoRA(1)))
+    delta.buffers["norm.running_mean"] = torch.zeros(3)
+    for write in (write_shira, write_supertuning):
+        with pytest.raises(ValueError, match=r"holds buffers that training changed \(norm.running_mean\).*buffers.clear"):
+            write(tmp_path / "a", delta, model)
     assert not (tmp_path / "a").exists()
+    delta.buffers_left_out = (*delta.buffers,)
+    delta.buffers.clear()
+    with pytest.warns(UserWarning, match="does not hold, nor does the adapter") as seen:
+        write_shira(tmp_path / "a", delta, model)
+    assert seen[0].filename == __file__
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path):

@@ -171,6 +171,19 @@ def test_lightning(tmp_path):
     assert torch.equal(base.body.weight, module.body.weight)
 
 
+def test_lightning_holds_the_statistics_of_batch_norms(tmp_path):
+    module = Classifier()
+    module.body = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16))
+    base, x = copy.deepcopy(module).eval(), torch.randn(12, 12) + 1
+    loader = DataLoader(TensorDataset(x, torch.arange(12) % 3), batch_size=4)
+    tuning = TuneSelected(lambda m: fps.select(m, loader, budget=fps.PerNeuron(2)), delta=tmp_path / "task.safetensors")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    lightning.Trainer(max_epochs=2, callbacks=[tuning], accelerator="cpu", **quiet).fit(module, loader)
+    fps.load_delta(tmp_path / "task.safetensors").apply_(base)
+    assert torch.equal(base(x), module.eval()(x))
+    assert base.body[1].num_batches_tracked == 6
+
+
 @pytest.mark.parametrize("order", [1, -1], ids=["choice first", "average first"])
 @pytest.mark.parametrize(
     "average",
