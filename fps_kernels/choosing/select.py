@@ -11,7 +11,7 @@ from fps_kernels.choosing.best_entries import best_entries
 from fps_kernels.choosing.budgets import Budget, PerNeuron, ScoredWeight, check_budget
 from fps_kernels.choosing.calibration import calibrate
 from fps_kernels.choosing.candidates import eligible_weights, usable_layouts
-from fps_kernels.choosing.feeding import Forward
+from fps_kernels.choosing.feeding import Forward, ordinary_tensors
 from fps_kernels.choosing.scorers import FPS, ColumnScorer, Random, Scorer
 from fps_kernels.choosing.statistics import ActivationStats
 from fps_kernels.selection import Selection, WeightSelection
@@ -22,7 +22,7 @@ from fps_kernels.weights.survey import Survey
 
 
 def select(
-    model: nn.Module,
+    model: nn.Module | Survey,
     data: Iterable[Any] | None = None,
     *,
     scorer: Scorer | None = None,
@@ -42,7 +42,8 @@ def select(
 
     Args:
         model: any module whose parameters hold values, or whose weights accelerate keeps in main memory or on disk: each
-            of them is brought in once more, for its choice. It is left as it was found.
+            of them is brought in once more, for its choice. It is left as it was found. What was found by looking at it
+            before will do.
         data: calibration batches, as :func:`calibrate` takes them.
         scorer: what makes an entry worth tuning; :class:`FPS` by default.
         budget: how many entries; ``PerNeuron(1)`` by default.
@@ -60,7 +61,8 @@ def select(
 
     Raises:
         ValueError: neither or both of ``data`` and ``stats``, statistics that do not fit the model or the scorer, a
-            pattern that matches nothing, no weight to choose from, a weight with NaN or Inf, a budget that does not fit.
+            pattern that matches nothing, no weight to choose from, a weight with NaN or Inf, a budget that does not fit, a
+            model made inside ``torch.inference_mode``. The call itself may be inside: its selection can be attached.
         TypeError: an ``include`` of integer or quantised weights, or patterns that are no strings.
 
     Example:
@@ -76,8 +78,25 @@ def select(
         raise TypeError(f"stats must be ActivationStats, as from fps.calibrate(), got {type(stats).__name__}")
     if (data is None) == (stats is None):
         raise ValueError("give either data or stats" + (", not both" if data is not None else ""))
-    survey = Survey.of(model)
+    with ordinary_tensors():
+        return _select(Survey.of(model), data, scorer, budget, stats, include, exclude, dense, forward, micro_batch, progress)
+
+
+def _select(
+    survey: Survey,
+    data: Iterable[Any] | None,
+    scorer: Scorer,
+    budget: Budget,
+    stats: ActivationStats | None,
+    include: Patterns | None,
+    exclude: Patterns | None,
+    dense: Patterns | None,
+    forward: Forward | None,
+    micro_batch: int | None,
+    progress: bool | None,
+) -> Selection:
     survey.check_has_values()
+    survey.check_trainable()
     # Patterns are checked before the pass, which may take long.
     eligible, dense_names, skipped = eligible_weights(survey, include, exclude, dense)
     if stats is None:

@@ -243,13 +243,12 @@ def _training(method: str, model: nn.Module, x: Tensor, y: Tensor, k: int, forwa
 def _with_lora(model: nn.Module) -> nn.Module:
     import peft
 
-    heads = tuple(classifier_modules(model))
-    targets = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not name.startswith(heads)
-    ]
-    dense = default_dense(Survey.of(model))
+    survey = Survey.of(model)
+    heads = tuple(classifier_modules(survey))
+    first_paths = {module: name for name, module in reversed(survey.modules.items())}
+    targets = [name for m, name in first_paths.items() if isinstance(m, nn.Linear) and not name.startswith(heads)]
+    trained = [survey.parameters[name] for name in default_dense(survey)]
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets, modules_to_save=list(heads))
-    trained = [p for name, p in model.named_parameters() if name in dense]
     wrapped: nn.Module = peft.get_peft_model(model, config)
     for p in trained:
         p.requires_grad_(True)

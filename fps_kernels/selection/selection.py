@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fps_kernels.selection.weight_selection import WeightSelection
 from fps_kernels.storage.checked_file import distrusted, read, texts, texts_by_name, write
 from fps_kernels.weights.matrix import MatrixLayout
+from fps_kernels.weights.survey import Survey
 
 _FORMAT = "fps_kernels.selection.1"
 T = TypeVar("T", bound=Tensor)
@@ -176,13 +177,13 @@ class Selection(Mapping[str, WeightSelection]):
         smaller = min(self.nnz, other.nnz)
         return sum(w.nnz for w in self._common(other).values()) / smaller if smaller else 1.0
 
-    def check(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def check(self, model: nn.Module | Survey) -> dict[str, nn.Parameter]:
         """The model's parameters that this selection speaks of, by name.
 
         Raises:
             ValueError: a name the model lacks, or a parameter of another shape.
         """
-        return self.pick(dict(model.named_parameters(remove_duplicate=False)))  # either name of a tied weight will do
+        return self.pick(Survey.of(model).parameters)  # either name of a tied weight will do
 
     def pick(self, parameters: Mapping[str, T]) -> dict[str, T]:
         """Those of a model's parameters, or of a checkpoint's tensors, that this selection speaks of.
