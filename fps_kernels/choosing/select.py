@@ -37,6 +37,8 @@ def select(
 ) -> Selection:
     """Choose the entries worth tuning: one forward pass, no labels, no loss, no score matrix.
 
+    Under ``torch.inference_mode`` as well: what it gives can be attached outside of it.
+
     Chosen from: every weight that the forward pass multiplies with, except those trained whole. Trained whole: the
     classifier head and every bias outside norm layers. Frozen: everything else.
 
@@ -61,8 +63,7 @@ def select(
 
     Raises:
         ValueError: neither or both of ``data`` and ``stats``, statistics that do not fit the model or the scorer, a
-            pattern that matches nothing, no weight to choose from, a weight with NaN or Inf, a budget that does not fit, a
-            model made inside ``torch.inference_mode``. The call itself may be inside: its selection can be attached.
+            pattern that matches nothing, no weight to choose from, a weight with NaN or Inf, a budget that does not fit.
         TypeError: an ``include`` of integer or quantised weights, or patterns that are no strings.
 
     Example:
@@ -79,7 +80,9 @@ def select(
     if (data is None) == (stats is None):
         raise ValueError("give either data or stats" + (", not both" if data is not None else ""))
     with ordinary_tensors():
-        return _select(Survey.of(model), data, scorer, budget, stats, include, exclude, dense, forward, micro_batch, progress)
+        return _select(
+            Survey.of(model), data, scorer, budget, stats, include, exclude, dense, forward, micro_batch, progress
+        )
 
 
 def _select(
@@ -96,7 +99,6 @@ def _select(
     progress: bool | None,
 ) -> Selection:
     survey.check_has_values()
-    survey.check_trainable()
     # Patterns are checked before the pass, which may take long.
     eligible, dense_names, skipped = eligible_weights(survey, include, exclude, dense)
     if stats is None:

@@ -106,6 +106,43 @@ def test_transforms_of_functions_inside_of_a_model(multiply):
         assert "inside a function transform such as torch.vmap" in stats.unused["2.weight"]
 
 
+def test_weights_that_a_transform_maps_over():
+    """Experts that ``torch.vmap`` goes through: what it gives to the function is no weight any more."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.experts = nn.Linear(6, 8), nn.Parameter(torch.randn(3, 4, 8))
+
+        def forward(self, x):
+            return torch.vmap(F.linear, in_dims=(None, 0))(self.first(x), self.experts)
+
+    stats = fps.calibrate(Experts(), [torch.randn(5, 6)], progress=False)
+    assert list(stats) == ["first.weight"]
+    assert "torch.vmap(), which cannot be intercepted" in stats.unused["experts"]
+
+
+def test_choosing_in_inference_mode_makes_ordinary_tensors():
+    model, x = network(F.linear), torch.randn(5, 6)
+    with torch.inference_mode():
+        stats = fps.calibrate(model, [torch.randn(5, 6)], progress=False)
+        selections = [fps.select(model, [x], progress=False), fps.select(model, stats=stats, scorer=fps.Random())]
+        assert torch.is_inference_mode_enabled()
+    assert not any(s.norm.is_inference() for s in stats.values())
+    for chosen in (w for selection in selections for w in selection.values()):
+        assert not chosen.columns.is_inference()
+        assert not chosen.row_offsets.is_inference()
+
+
+def test_a_layer_may_change_a_batch_that_was_made_in_inference_mode():
+    model = network(lambda x, w, b: F.linear(x, w, b))
+    with torch.inference_mode():
+        x = torch.randn(5, 6)
+        kept = x.clone()
+        fps.calibrate(nn.Sequential(nn.ReLU(inplace=True), model), [x], progress=False)
+    assert torch.equal(x, kept)
+
+
 def test_a_transform_around_other_things_changes_nothing():
     model = network(lambda x, w, b: F.linear(x + torch.vmap(lambda row: row * 0)(x), w, b))
     assert "2.weight" in fps.calibrate(model, [torch.randn(5, 6)], progress=False)
