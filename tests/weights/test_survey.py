@@ -38,6 +38,17 @@ def test_shared_parameters_and_modules_have_a_first_name():
     assert list(survey.matrices) == ["tokens.weight", "block.weight"]
 
 
+def test_names_are_those_that_a_model_gives():
+    class Renamed(nn.Sequential):
+        def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
+            return ((f"of.{name}", p) for name, p in super().named_parameters(prefix, recurse, remove_duplicate))
+
+    for model in (nn.Sequential(nn.Linear(2, 2), Tied()), Renamed(nn.Linear(2, 2)), Tied(), nn.Linear(2, 2)):
+        survey = Survey.of(model)
+        assert list(survey.parameters.items()) == list(model.named_parameters(remove_duplicate=False))
+        assert list(survey.modules.items()) == list(model.named_modules(remove_duplicate=False))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`")
 def test_what_has_no_values_or_hides_its_work():
     with pytest.raises(ValueError, match=r"0\.weight has no shape yet"):

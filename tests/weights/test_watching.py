@@ -9,10 +9,19 @@ from fps_kernels.weights.watching import WeightInterception, WeightUse
 
 
 def watch(parameters: dict, run) -> tuple[list[WeightUse], dict[str, str]]:
+    """What is seen, the same way by watched weights and, since somebody has a view of them, by a look at every function."""
     uses: list[WeightUse] = []
     interception = WeightInterception(parameters, uses.append)
     with torch.no_grad(), interception:
         run()
+    views, seen = [p.detach() for p in parameters.values()], []
+    every = WeightInterception(parameters, seen.append)
+    with torch.no_grad(), every:
+        run()
+    del views
+    described = [[(u.name, u.layout, u.rows, u.input.shape, u.kind) for u in found] for found in (uses, seen)]
+    assert described[0] == described[1]
+    assert interception.other_uses == every.other_uses
     return uses, interception.other_uses
 
 
