@@ -197,7 +197,7 @@ def _direct_sums(survey: Survey, ord: float) -> tuple[Tensor | None, dict[str, n
 def _check_finite(stats: ActivationStats, memory: Tensor | None, direct: dict[str, native.ColumnNorms]) -> None:
     norms: dict[torch.device, list[Tensor]] = {} if memory is None else {memory.device: [memory.view(-1)]}
     for name, s in stats.weights.items():
-        if not (name in direct and direct[name].norm is s.norm) and not is_simulated(s.norm):
+        if (name not in direct or direct[name].norm is not s.norm) and not is_simulated(s.norm):
             norms.setdefault(s.norm.device, []).append(s.norm.view(-1))
     # One look at each device. What is added up is not negative: nothing cancels out.
     if all(math.isfinite((parts[0] if len(parts) == 1 else torch.cat(parts)).sum().item()) for parts in norms.values()):

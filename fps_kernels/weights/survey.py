@@ -69,14 +69,15 @@ class Survey:
     @cached_property
     def tied(self) -> dict[str, str]:
         """The first name of every shared parameter, by its other names."""
-        if len(self.first_names) == len(self.parameters):
+        if len({id(p) for p in self.parameters.values()}) == len(self.parameters):
             return {}
         return {name: first for name, p in self.parameters.items() if (first := self.first_names[p]) != name}
 
     @cached_property
     def matrices(self) -> dict[str, nn.Parameter]:
         """Every parameter with two or more dimensions, by its first name."""
-        return {name: p for p, name in self.first_names.items() if p.dim() >= 2}
+        matrices = {name: p for name, p in self.parameters.items() if p.dim() >= 2}
+        return {name: p for name, p in matrices.items() if name not in self.tied} if self.tied else matrices
 
     def owner(self, name: str) -> tuple[nn.Module, str]:
         """The module that holds a parameter, and the parameter's name in it."""
