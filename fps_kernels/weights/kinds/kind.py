@@ -11,7 +11,7 @@ from torch import Tensor
 def directly(op: Any, x: Tensor) -> Callable[..., Any]:
     """An op's own function, checks included, where nobody is told of ops: torch's way to it takes longer than it does."""
     watched = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
-    own: Callable[..., Any] = op if watched or type(x) is not Tensor else op._init_fn
+    own: Callable[..., Any] = op if watched or type(x) is not Tensor else getattr(op, "_init_fn", op)
     return own
 
 
