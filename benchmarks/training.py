@@ -89,7 +89,7 @@ def simulate(label: str, name: str, batch: int) -> list[dict[str, Any]]:
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "convolution"),
     "attention": ("scaled_dot_product",),
-    "gradients of chosen entries": ("sampled_grad", "SampledGradient"),
+    "gradients of chosen entries": ("sampled_grad", "_LinearBackward", "_LayerBackward"),
     "GELU and LayerNorm": ("gelu", "layer_norm"),
     "optimizer": ("adamw", "Optimizer"),
 }
