@@ -7,10 +7,11 @@ count where both do.
 """
 
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fps_kernels import ops
@@ -65,6 +66,10 @@ class Seen:
         self.part = self.whole if shared else ops.Csr(entries.row_offsets, entries.columns)
         self.values_version = self.weight_version = self.values_address = self.weight_address = -1
 
+    def note(self) -> None:
+        """Both sides agree as they are now, and lie where they did. Overrides have to be off."""
+        self.values_version, self.weight_version = self.values._version, self.weight._version
+
     def moved(self) -> bool:
         """Whether either side has changed or lies elsewhere, as far as torch can tell. Overrides have to be off."""
         return (
@@ -116,8 +121,7 @@ class Agreement:
             if written:
                 # So that a backward pass that needs what was before notices. What was never seen is not known to differ.
                 touched = [t for seen in written if seen.values_version >= 0 for t in (seen.values, seen.weight)]
-                torch.autograd.graph.increment_version(touched)
-                self.note()
+                note_written(touched, written)
 
     def _look(self) -> list[Seen] | None:
         """What has changed, as far as torch can tell; ``None`` where the call is not of this memory."""
@@ -129,13 +133,6 @@ class Agreement:
             if values._version != seen.values_version or weight._version != seen.weight_version:
                 changed.append(seen)
         return changed if self._ready else None
-
-    def note(self) -> None:
-        """Both sides agree as they are now."""
-        with _overrides_off():
-            for seen, values_address, weight_address in self._places:
-                seen.values_version, seen.weight_version = seen.values._version, seen.weight._version
-                seen.values_address, seen.weight_address = values_address, weight_address
 
     def _prepare(self) -> None:
         self.forget()
@@ -150,7 +147,8 @@ class Agreement:
             if values.is_meta:
                 continue  # no numbers that could differ
             devices.setdefault(values.device, []).append(e)
-            places.append((e.seen, values.data_ptr(), weight.data_ptr()))
+            e.seen.values_address, e.seen.weight_address = values.data_ptr(), weight.data_ptr()
+            places.append((e.seen, e.seen.values_address, e.seen.weight_address))
         self._calls = [_call(found) for found in devices.values()]
         self._ready, self._places = True, places
 
@@ -158,10 +156,14 @@ class Agreement:
 def _call(entries: "list[SelectedEntries]") -> ops.PreparedAgreement:
     views, offsets, columns = zip(*(e.memory() for e in entries), strict=True)
     values = [e.own.detach() for e in entries]
-    for e in entries:
-        if e.agreed.device != e.own.device:
-            e.agreed = e.agreed.to(e.own.device)
     return ops.prepared_agreement(views, offsets, columns, values, [e.agreed for e in entries])
+
+
+def note_written(touched: Sequence[Tensor], agreeing: Sequence[Seen]) -> None:
+    """Note what a kernel has changed behind autograd's back, and whose two sides agree now. Overrides have to be off."""
+    torch.autograd.graph.increment_version(touched)
+    for seen in agreeing:
+        seen.note()
 
 
 # ------------------------------------------------------------------------------------------------ forward passes
@@ -201,7 +203,8 @@ class Scope:
     def open_inner(self) -> None:
         """Look at the passes of the module's children as well: somebody calls these, and not the module itself."""
         for child in self._module.children():
-            inside = [e for m in child.modules() if m is not child and (e := _entries_at(m)) is not None]
+            within = {*child.modules()} - {child}
+            inside = [e for e in self.agreement.entries if e in within]
             if inside and scope_of(child) is None:
                 scope = Scope(child, inside)
                 scope.outer = self
@@ -222,10 +225,6 @@ class Scope:
         for hook in self._hooks:
             hook.remove()
         self._module.__dict__.pop(_SCOPE, None)
-
-
-def _entries_at(module: nn.Module) -> "SelectedEntries | None":
-    return module if type(getattr(module, "seen", None)) is Seen else None  # type: ignore[return-value]
 
 
 def scope_of(module: nn.Module) -> Scope | None:

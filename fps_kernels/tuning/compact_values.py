@@ -142,6 +142,14 @@ class SelectedEntries(nn.Module):
             self._begins[row] = int(self.row_offsets[row])
         return self._begins[row]
 
+    def slice_of(self, rows: tuple[int, int]) -> slice:
+        """Which entries lie in a half-open range of rows."""
+        return slice(self.begin_of(rows[0]), self.begin_of(rows[1]))
+
+    def row_offsets_of(self, rows: tuple[int, int]) -> Tensor:
+        """``row_offsets`` of a half-open range of rows, counted from its first entry."""
+        return self.row_offsets[rows[0] : rows[1] + 1] - self.begin_of(rows[0])
+
     def _move(self, fn: Callable[[Tensor], Tensor]) -> None:
         shared = self.columns is self.selection.columns
         self.selection = WeightSelection.trusted(self.layout, fn(self.row_offsets), fn(self.selection.columns))

@@ -50,8 +50,7 @@ class _Linear(torch.autograd.Function):
             ctx.save_for_backward(x if kept is None else kept)
             kept = kept is None
         ctx.of = seen, kept, seen.weight_version  # at once: each attribute of a node costs
-        y: Tensor = _linear(x, seen.weight, bias)
-        return y.detach() if y._is_view() else y
+        return _own_memory(_linear(x, seen.weight, bias))
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
@@ -96,11 +95,9 @@ def tuned_linear(x: Tensor, bias: Tensor | None, seen: Seen) -> Tensor:
 def _linear_in_ops(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
     seen, kept, version = ctx.of
     e = seen.entries
-    layer = Layer(F.linear, (), {}, LINEAR, e.seen.weight, e, None, gy.dim() - 1)
+    layer = Layer(F.linear, (), {}, LINEAR, seen.weight, e, None, gy.dim() - 1)
     shape = torch.Size((*gy.shape[:-1], e.layout.shape[1]))
-    part = ctx.saved_tensors[0] if type(kept) is bool else None
-    found = _gradients(ctx, version, layer, e.own, gy, part, kept, kept is True, shape, gy.shape[-1:])
-    return *found, None, None
+    return *_gradients(ctx, gy, layer, e.own, kept, version, shape, gy.shape[-1:]), None, None
 
 
 # ------------------------------------------------------------------------------------------------ every kind
@@ -136,18 +133,13 @@ class Layer(NamedTuple):
 
     def csr(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The entries of the rows: ``row_offsets`` and columns."""
-        offsets = self.entries.row_offsets
         if self.rows is None:
-            return offsets, columns
-        first, last = self.rows
-        begin, end = self.entries.begin_of(first), self.entries.begin_of(last)
-        return offsets[first : last + 1] - begin, columns[begin:end]
+            return self.entries.row_offsets, columns
+        return self.entries.row_offsets_of(self.rows), columns[self.entries.slice_of(self.rows)]
 
     def values_of(self, values: Tensor) -> Tensor:
         """The values of the rows."""
-        if self.rows is None:
-            return values
-        return values[self.entries.begin_of(self.rows[0]) : self.entries.begin_of(self.rows[1])]
+        return values if self.rows is None else values[self.entries.slice_of(self.rows)]
 
     def effective_weight(self, values: Tensor) -> Tensor:
         """The weight as a function of all its values, as the call was given it. It takes as much memory as the weight."""
@@ -180,19 +172,16 @@ class _Layer(torch.autograd.Function):
         ctx: Any, x: Tensor, part_values: Tensor, bias: Tensor | None, values: Tensor, layer: Layer, kept: Kept
     ) -> Tensor:
         ctx.layer = layer._replace(args=(), kwargs={})  # which hold the input
-        ctx.entries, ctx.values, ctx.kept = layer.entries, values, kept
-        ctx.version, ctx.shape = layer.weight._version, x.shape
-        ctx.bias_shape = None if bias is None else bias.shape
         if kept is None or isinstance(kept, Tensor):
             ctx.save_for_backward(x if kept is None else kept)
-            ctx.kept = kept is None
+            kept = kept is None
+        ctx.values, ctx.kept, ctx.version, ctx.shape = values, kept, layer.weight._version, x.shape
+        ctx.bias_shape = None if bias is None else bias.shape
         return _own_memory(layer.function(*layer.args, **layer.kwargs))
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        kept = ctx.kept
-        part = ctx.saved_tensors[0] if type(kept) is bool else None
-        found = _gradients(ctx, ctx.version, ctx.layer, ctx.values, gy, part, kept, kept is True, ctx.shape, ctx.bias_shape)
+        found = _gradients(ctx, gy, ctx.layer, ctx.values, ctx.kept, ctx.version, ctx.shape, ctx.bias_shape)
         return *found, None, None, None
 
 
@@ -205,31 +194,40 @@ def tuned_layer(layer: Layer, x: Tensor, bias: Tensor | None, values: Tensor) ->
 
 def _gradients(
     ctx: Any,
-    version: int,
+    gy: Tensor,
     layer: Layer,
     values: Tensor,
-    gy: Tensor,
-    part: Tensor | None,
     kept: Any,
-    whole: bool,
+    version: int,
     shape: torch.Size,
     bias_shape: torch.Size | None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Gradients of input, entries and bias. They can be differentiated again where gradients are enabled."""
+    """Gradients of input, entries and bias. They can be differentiated again where gradients are enabled.
+
+    Args:
+        ctx: of the node.
+        gy: the gradient of its output.
+        layer: what the node computed.
+        values: all values of the weight.
+        kept: whether the node keeps its whole input, or only the needed channels; or the node that the input is from.
+        version: of the weight in the forward pass.
+        shape: of the input.
+        bias_shape: of the bias, if there is one.
+    """
+    part = ctx.saved_tensors[0] if type(kept) is bool else None  # may run a forward pass again: overrides are on
     wants_x, _, wants_bias, *_ = ctx.needs_input_grad
     kind, e = layer.kind, layer.entries
     grad: Tensor
     with _overrides_off():
         if layer.weight._version != version:
             raise _changed(e)
-        whole = whole or e.distinct is None
         # Where a kernel computes inputs again it takes no memory.
         if part is None and not (is_simulated(gy) and gy.device.type == "cpu"):
             part = computed_again(kept, e.distinct, layer.dim, gy.dtype)
-        offsets, columns = layer.csr(e.selection.columns if whole else e.columns)
+        offsets, columns = layer.csr(e.selection.columns if kept is True else e.columns)
         gx = bias = None
         if part is None:
-            grad, weight = gy.new_empty(e.selection.nnz, dtype=torch.float32), layer.weight
+            grad, weight = gy.new_empty(columns.shape, dtype=torch.float32), layer.weight
         elif torch.is_grad_enabled():
             grad = _Sampled.apply(gy, part, offsets, columns, layer)
             weight = layer.effective_weight(values) if wants_x else layer.weight

@@ -9,17 +9,16 @@ from torch.optim import Optimizer
 
 from fps_kernels import ops
 from fps_kernels.selection import Selection, WeightSelection
-from fps_kernels.tuning.compact_values import SelectedEntries, entries_of
+from fps_kernels.tuning.agreement import note_written
+from fps_kernels.tuning.compact_values import entries_of
 from fps_kernels.tuning.groups import Options, chosen_parameters, grouped
 from fps_kernels.tuning.optimizer_checks import check_options, check_parameter, check_state, checksum
 from fps_kernels.tuning.places import remember, remembered_places
 from fps_kernels.tuning.step_hooks import check_optimizer, tuners_of, warn_of_missing
-from fps_kernels.tuning.step_plan import Member, Plans, StepPlan
+from fps_kernels.tuning.step_plan import STATE, Coefficients, Member, Plans, StepPlan, coefficients_of
 from fps_kernels.tuning.tuner import Tuner
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated
 from fps_kernels.weights.survey import Survey
-
-_STATE = ("step", "exp_avg", "exp_avg_sq", "master")
 
 
 def masked_parameters(
@@ -223,16 +222,15 @@ class MaskedAdamW(Optimizer):
         self._plans = None
         check_optimizer(self)
         places = remembered_places(p for group in self.param_groups for p in group["params"])
-        calls: dict[tuple[Any, ...], list[tuple[nn.Parameter, dict[str, Any]]]] = {}
+        calls: dict[tuple[torch.device, Coefficients], list[tuple[nn.Parameter, dict[str, Any]]]] = {}
         for group in self.param_groups:
-            coefficients = (float(group["betas"][0]), float(group["betas"][1]), float(group["eps"]), bool(group["maximize"]))
             for p in group["params"]:
                 if p.grad is not None:
                     if p.grad.is_sparse:
                         raise ValueError("MaskedAdamW takes dense gradients, found a sparse one")
                     if p not in self._selections:
                         raise ValueError(f"a parameter of shape {list(p.shape)} is new: add it with add_param_group()")
-                    calls.setdefault((p.device, coefficients), []).append((p, group))
+                    calls.setdefault((p.device, coefficients_of(group)), []).append((p, group))
         made = []
         for (device, coefficients), found in calls.items():
             members = [self._member(p, group) for p, group in found]
@@ -258,15 +256,7 @@ class MaskedAdamW(Optimizer):
                 plan.note()
         return True
 
-    def _written(self, parameters: list[nn.Parameter], entries: list[SelectedEntries]) -> None:
-        """The kernel has changed values and weights alike, behind autograd's back."""
-        with torch._C.DisableTorchFunctionSubclass():
-            weights = [e.weight for e in entries]
-            torch.autograd.graph.increment_version([*parameters, *weights])
-            for e, weight in zip(entries, weights, strict=True):
-                e.seen.values_version, e.seen.weight_version = e.own._version, weight._version
-
-    def _update(self, device: torch.device, members: list[Member], coefficients: tuple[float, float, float, bool]) -> None:
+    def _update(self, device: torch.device, members: list[Member], coefficients: Coefficients) -> None:
         ops.masked_adamw_(
             [m.memory[0] for m in members],
             [m.gradient for m in members],
@@ -283,7 +273,8 @@ class MaskedAdamW(Optimizer):
         entries = [m.entries for m in members if m.entries is not None]
         for e in entries:
             e.agreed.copy_(e.own)
-        self._written([m.parameter for m in members], entries)
+        with torch._C.DisableTorchFunctionSubclass():
+            note_written([*(m.parameter for m in members), *(e.weight for e in entries)], [e.seen for e in entries])
 
     def _scaling(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """What ``torch.amp.GradScaler`` hands over: ``(grad_scale, found_inf)``."""
@@ -376,7 +367,7 @@ class MaskedAdamW(Optimizer):
         # torch casts state to the dtype of the parameter; moments and masters of 16-bit weights are float32.
         for i, p in zip(ids, params, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
-                if key in _STATE:
+                if key in STATE:
                     there = torch.as_tensor(value).detach()  # old optimizers counted steps in plain numbers
                     self.state[p][key] = there.to(p.device, torch.float32, copy=True)
 

@@ -48,9 +48,10 @@ def keep(x: Tensor, channels: Tensor | None, dim: int | None) -> Kept:
     if x.numel() <= SMALL or not x.is_floating_point():
         return None
     # A hook (checkpointing, offloading) would have to run to get at what a node keeps.
-    if _hooks(False) is None and (node := _recomputable(x, dim)) is not None:
+    unhooked = _hooks(False) is None
+    if unhooked and (node := _recomputable(x, dim)) is not None:
         return node
-    if channels is None or dim is None or is_kept_anyway(x):
+    if channels is None or dim is None or (unhooked and _is_kept_anyway(x)):
         return None
     part = take(x, channels, dim)
     if torch.is_autocast_enabled(x.device.type):
@@ -139,10 +140,8 @@ def computed_again(node: Any, channels: Tensor | None, dim: int | None, dtype: t
     return ops.normalised(take(source, channels, dim), how.mean, how.scale, weight, bias).to(dtype)
 
 
-def is_kept_anyway(x: Tensor) -> bool:
+def _is_kept_anyway(x: Tensor) -> bool:
     """Whether the memory of ``x`` is an output that the operation which made it keeps for its own backward."""
-    if _hooks(False) is not None:
-        return False
     node: Any = x.grad_fn
     while (name := type(node).__name__) in _VIEWS:
         node = node.next_functions[0][0]

@@ -49,7 +49,8 @@ def check_optimizer(optimizer: Optimizer) -> None:
         if entries is not None:
             if not entries.attached:
                 raise ValueError(f"the tuner of {entries.name} is detached: this optimizer's steps would reach no weight")
-            entries.check_place()
+            if entries.tuner is None:
+                entries.check_place()
     for tuner in tuners_of(optimizer):
         tuner.check_places()
     for agreement in agreements_of(optimizer):
@@ -58,30 +59,29 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 def agreements_of(optimizer: Optimizer) -> list[Agreement]:
     """What lets the values that an optimizer steps agree with their weights."""
-    chosen = [e for group in optimizer.param_groups for p in group["params"] if (e := entries_of(p)) is not None]
-    tuners = {id(tuner): tuner for e in chosen if (tuner := e.tuner) is not None}
-    if 2 * len(chosen) < sum(tuner.weights for tuner in tuners.values()):
-        tuners = {}  # one of many optimizers, as of those that step inside of the backward pass
-    return [*(t.agreement for t in tuners.values()), *(e.alone for e in chosen if id(e.tuner) not in tuners)]
+    chosen, tuners = _entries_of(optimizer), tuners_of(optimizer)
+    if 2 * len(chosen) < sum(tuner.weights for tuner in tuners):
+        return [e.alone for e in chosen]  # one of many optimizers, as of those that step inside of the backward pass
+    return [*(tuner.agreement for tuner in tuners), *(e.alone for e in chosen if e.tuner is None)]
 
 
 def tuners_of(optimizer: Optimizer) -> list[Any]:
     """The tuners whose values an optimizer steps."""
-    chosen = [e for group in optimizer.param_groups for p in group["params"] if (e := entries_of(p)) is not None]
-    return list({id(tuner): tuner for e in chosen if (tuner := e.tuner) is not None}.values())
+    return list({id(tuner): tuner for e in _entries_of(optimizer) if (tuner := e.tuner) is not None}.values())
+
+
+def _entries_of(optimizer: Optimizer) -> list[SelectedEntries]:
+    return [e for group in optimizer.param_groups for p in group["params"] if (e := entries_of(p)) is not None]
 
 
 def warn_of_missing(optimizer: Optimizer) -> None:
     """Once for each optimizer: name the values that got no gradient where others did, and are likely to get none ever."""
     if optimizer in _stepped:
         return
+    if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+        return  # a step of nothing tells nothing
     _stepped.add(optimizer)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    if not any(p.grad is not None for p in params):
-        _stepped.discard(optimizer)  # a step of nothing tells nothing
-        return
-    silent = [e for p in params if p.grad is None and (e := entries_of(p)) is not None]
-    if silent:
+    if silent := [e for e in _entries_of(optimizer) if e.own.grad is None]:
         warnings.warn(_missing(silent), RuntimeWarning, stacklevel=4)
 
 

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from fps_kernels import ops
+from fps_kernels.tuning.agreement import note_written
 from fps_kernels.tuning.compact_values import SelectedEntries
 from fps_kernels.tuning.places import Place, all_there
 from fps_kernels.tuning.tuner import Tuner
 
 _overrides_off = torch._C.DisableTorchFunctionSubclass
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+Coefficients = tuple[float, float, float, bool]  # beta1, beta2, eps, maximize
 
 
 class Member(NamedTuple):
@@ -42,7 +46,7 @@ class Member(NamedTuple):
     master: Tensor
 
 
-_KEYS = ("exp_avg", "exp_avg_sq", "step")
+STATE = ("step", "exp_avg", "exp_avg_sq", "master")
 
 
 class StepPlan:
@@ -50,7 +54,7 @@ class StepPlan:
 
     Args:
         members: those that have a gradient.
-        coefficients: ``(beta1, beta2, eps, maximize)``.
+        coefficients: of their groups.
 
     Attributes:
         device: of the parameters.
@@ -60,7 +64,7 @@ class StepPlan:
         repeats: whether another step can be told of in the same way.
     """
 
-    def __init__(self, members: Sequence[Member], coefficients: tuple[float, float, float, bool]) -> None:
+    def __init__(self, members: Sequence[Member], coefficients: Coefficients) -> None:
         self._coefficients = coefficients
         self.device = members[0].parameter.device
         self.groups = [m.group for m in members]
@@ -71,9 +75,7 @@ class StepPlan:
             # A copy of a gradient whose memory format differs from the weight's is another one in every step, and one that
             # was expanded from few numbers will hardly come again.
             self.repeats = all(
-                m.gradient.data_ptr() == g.data_ptr()
-                and 0 not in g.stride()[: g.dim()]
-                and (g.dim() > 1 or g.is_contiguous())
+                m.gradient.data_ptr() == g.data_ptr() and 0 not in g.stride() and (g.dim() > 1 or g.is_contiguous())
                 for m, g in zip(members, grads, strict=True)
             )
             if not self.repeats:
@@ -84,7 +86,7 @@ class StepPlan:
             self._touched = [*self.parameters, *(seen.weight for seen in self._seen)]
             self._addresses = [t.data_ptr() for t in self._touched]
             self._states = [m.state for m in members]
-            self._tensors = {key: [state.get(key) for state in self._states] for key in (*_KEYS, "master")}
+            self._tensors = {key: [state.get(key) for state in self._states] for key in STATE}
             self._prepared = ops.prepared_adamw(
                 [m.memory[0] for m in members],
                 [m.gradient for m in members],
@@ -113,10 +115,8 @@ class StepPlan:
         return [g.data_ptr() for g in grads]
 
     def note(self) -> None:
-        """The kernel has changed values and weights alike, behind autograd's back; both agree."""
-        torch.autograd.graph.increment_version(self._touched)
-        for seen in self._seen:
-            seen.values_version, seen.weight_version = seen.values._version, seen.weight._version
+        """The kernel has changed values and weights alike."""
+        note_written(self._touched, self._seen)
 
     def run(
         self, gradients: list[int], lrs: Tensor | list[float], scale: Tensor | None, skip: Tensor | None, zero_grads: bool
@@ -150,10 +150,10 @@ class Plans:
         self._states = states
         self._known_states = list(states.values())
         self._tuners = tuners
-        self._places = [*places, *(place for tuner in tuners for place in tuner.places())]
+        self._places = [*places, *(place for tuner in tuners for place in tuner.check_places())]
         self._groups = groups
         self._params = [list(group["params"]) for group in groups]
-        self._options = [_options(group) for group in groups]
+        self._coefficients = [coefficients_of(group) for group in groups]
         moving = {id(p) for plan in plans for p in plan.parameters}
         self._idle = [p for params in self._params for p in params if id(p) not in moving]
 
@@ -161,9 +161,9 @@ class Plans:
         """Whether groups, coefficients and the parameters that have gradients are what they were."""
         if groups is not self._groups or len(groups) != len(self._params) or _dispatch_modes():
             return False
-        for group, params, options in zip(groups, self._params, self._options, strict=True):
+        for group, params, coefficients in zip(groups, self._params, self._coefficients, strict=True):
             now = group["params"]
-            if len(now) != len(params) or not all(map(is_, now, params)) or _options(group) != options:
+            if len(now) != len(params) or not all(map(is_, now, params)) or coefficients_of(group) != coefficients:
                 return False
         if len(self._states) != len(self._known_states) or not all(map(is_, self._states.values(), self._known_states)):
             return False
@@ -174,6 +174,7 @@ class Plans:
         return all_there(self._places) and all(p.grad is None for p in self._idle)
 
 
-def _options(group: Mapping[str, Any]) -> tuple[Any, ...]:
+def coefficients_of(group: Mapping[str, Any]) -> Coefficients:
+    """What parameters of one call have in common."""
     beta1, beta2 = group["betas"]
-    return float(beta1), float(beta2), group["eps"], group["maximize"]
+    return float(beta1), float(beta2), float(group["eps"]), bool(group["maximize"])

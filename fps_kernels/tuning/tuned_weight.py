@@ -1,7 +1,7 @@
 """A frozen weight whose chosen entries have gradients: how a model that knows nothing of it multiplies by it.
 
 The weight stays the parameter that it was and takes part in the usual multiplication; only the function that it is given
-to is called by way of this file, which puts one more autograd node behind the result (:mod:`.sampled_gradients`).
+to is called by way of this file, inside of a node that knows of the entries (:mod:`.layer_nodes`).
 """
 
 import copy
@@ -225,10 +225,8 @@ def _compiled(y: Tensor, x: Tensor, weight: TunedWeight, kind: WeightKind, rows:
     if kind.channel_dim(x) is None:
         columns, channels = entries.selection.columns, None
     if rows is not None:
-        first, last = rows
-        begin, end = entries.begin_of(first), entries.begin_of(last)
-        values, columns = values[begin:end], columns[begin:end]
-        row_offsets = row_offsets[first : last + 1] - begin
+        part = entries.slice_of(rows)
+        row_offsets, columns, values = entries.row_offsets_of(rows), columns[part], values[part]
     return compiled_gradient(y, x, values, row_offsets, columns, channels, kind)
 
 

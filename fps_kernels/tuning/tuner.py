@@ -130,12 +130,18 @@ class Tuner:
         """Number of weights of which entries are chosen."""
         return len(self._entries)
 
-    def places(self) -> list[Place]:
-        """Where its parameters are in the model: each step of a path to each of them.
+    def check_places(self) -> list[Place]:
+        """Where its parameters are in the model: each step of a path to each, found anew only where one is not there.
 
         Raises:
-            ValueError: the model has not all of them any more. With the name of one, and what to do.
+            ValueError: the model has other parameters by now than when it was attached. With one's name, and what to do.
         """
+        if self._found is None or not all_there(self._found):
+            self._found = None
+            self._found = self._places()
+        return self._found
+
+    def _places(self) -> list[Place]:
         wanted: dict[str, Tensor] = {name: e.weight for name, e in self._entries.items()}
         places, missing = find_places(self.model, {**wanted, **self.dense})
         for e in self._entries.values():
@@ -150,12 +156,6 @@ class Tuner:
                 "whatever replaces parameters (a new head, resized embeddings, sharding)"
             )
         return places
-
-    def check_places(self) -> None:
-        """Refuse to go on where the model has other parameters by now than when it was attached. See :meth:`places`."""
-        if self._found is None or not all_there(self._found):
-            self._found = None
-            self._found = self.places()
 
     def compare_across_processes(self, group: Any) -> None:
         """Once: refuse to train if the processes of a group chose different entries. All of them have to call it.
