@@ -17,7 +17,6 @@ from statistics import median
 from typing import Any
 
 import peft
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from benchmarks.shared import methods
 from benchmarks.shared.calibration_cost import calibration_cost
 from benchmarks.shared.launch_cost import launch_cost, layer_cost
 from benchmarks.shared.measuring import alternate, ratio, save, table
+from benchmarks.shared.models import tiny
 
 PHASES = ("forward", "backward", "step", "zero_grad")
 BATCHES = {"small inputs": 1, "kept columns": 8}
@@ -33,23 +33,9 @@ WEIGHTS = 12 * 4 + 1  # of which entries are chosen: four in a block, and the pa
 TENSORS = 100  # of the optimizer that is given dense gradients
 
 
-def tiny() -> nn.Module:
-    """Twelve blocks, four tokens an image."""
-    model: nn.Module = timm.create_model(
-        "vit_base_patch16_224", img_size=32, embed_dim=48, num_heads=4, depth=12, num_classes=10
-    )
-    return model.train()
-
-
 def _frozen(model: nn.Module) -> methods.Contestant:
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith("head.") or name == "patch_embed.proj.bias")
-    return _trained(model)
-
-
-def _biases(model: nn.Module, dense: tuple[str, ...]) -> methods.Contestant:
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in dense)
     return _trained(model)
 
 
@@ -59,10 +45,6 @@ def _lora(model: nn.Module) -> methods.Contestant:
     return _trained(peft.get_peft_model(model, config))
 
 
-def _attached(model: nn.Module, selection: fps.Selection) -> methods.Contestant:
-    return methods.Contestant(model, fps.MaskedAdamW(fps.attach(model, selection), lr=1e-3))
-
-
 def _trained(model: nn.Module) -> methods.Contestant:
     chosen = [p for p in model.parameters() if p.requires_grad]
     return methods.Contestant(model, torch.optim.AdamW(chosen, lr=1e-3, fused=True))
@@ -70,13 +52,13 @@ def _trained(model: nn.Module) -> methods.Contestant:
 
 def contestants(x: Tensor) -> dict[str, methods.Contestant]:
     """Models and optimizers that take turns, all from one initialisation."""
-    base = tiny()
+    base = tiny().train()
     selection = fps.select(base, [x], budget=fps.PerNeuron(4), progress=False)
     makes: dict[str, Callable[[nn.Module], methods.Contestant]] = {
         "frozen": _frozen,
-        "biases and head": partial(_biases, dense=selection.dense),
+        "biases and head": methods.biases_and_head,
         "LoRA r=8": _lora,
-        "attach, k=4": partial(_attached, selection=selection),
+        "attach, k=4": partial(methods.attached, selection=selection),
     }
     return {name: make(methods.fresh(base)) for name, make in makes.items()}
 

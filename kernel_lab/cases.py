@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fps_kernels.ops import triton as backend
-from fps_kernels.ops.records import AdamWStep, Agreement, Convolution
+from fps_kernels.ops.records import AdamWOptions, AdamWTensors, Agreement, Convolution
 from fps_kernels.ops.triton.gradients import sampled_grad_with_bias
 
 BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
@@ -216,7 +216,7 @@ def _updates() -> Iterator[Case]:
     def adamw(name: str, weights: list[Tensor], compact: bool, scaler: bool, zero: bool = False) -> Case:
         counts = [W.numel() // 100 for W in weights]
         dtype = weights[0].dtype
-        step = AdamWStep(
+        tensors = AdamWTensors(
             weights,
             [tensor(n, dtype=dtype) for n in counts] if compact else [torch.empty_like(W) for W in weights],
             [tensor(W.shape[0] + 1, dtype=torch.int32) for W in weights],
@@ -225,6 +225,9 @@ def _updates() -> Iterator[Case]:
             [tensor(n) for n in counts],
             [tensor(n) for n in counts],
             [tensor() for _ in counts],
+            [tensor(0) for _ in counts],
+        )
+        options = AdamWOptions(
             tensor(len(weights), dtype=torch.float64),
             [0.01] * len(weights),
             0.9,
@@ -237,7 +240,8 @@ def _updates() -> Iterator[Case]:
         )
         weight = 2 * SECTOR if dtype == FP32 else SECTOR + 2 * 4  # read and written, or written, beside its master
         grad = (weights[0].element_size() if compact else SECTOR) * (2 if zero else 1)
-        return Case(f"masked_adamw {name}", backend.masked_adamw_, (step,), sum(counts) * (4 + 4 * 4 + weight + grad), False)
+        moved = sum(counts) * (4 + 4 * 4 + weight + grad)
+        return Case(f"masked_adamw {name}", backend.masked_adamw_, (tensors, options), moved, False)
 
     yield adamw("ViT-B/16, 1 %, fp32, dense gradients", vit_weights(12, 768, FP32), compact=False, scaler=False)
     yield adamw("ViT-B/16, 1 %, fp32, compact gradients", vit_weights(12, 768, FP32), compact=True, scaler=False)

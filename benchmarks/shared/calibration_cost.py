@@ -2,11 +2,11 @@
 
 import statistics
 
-import timm
 import torch
 
 import fps_kernels as fps
 from benchmarks.shared.measuring import alternate, ratio
+from benchmarks.shared.models import tiny
 
 BATCHES = 10
 
@@ -27,9 +27,7 @@ def calibration_cost(rounds: int = 15) -> dict[str, float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = timm.create_model(
-            "vit_base_patch16_224", img_size=32, embed_dim=48, num_heads=4, depth=12, num_classes=10
-        ).eval()
+        model = tiny().eval()
         x = torch.randn(1, 3, 32, 32)
 
         def forward() -> None:

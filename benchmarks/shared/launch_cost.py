@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fps_kernels as fps
 from fps_kernels.ops import _dispatch
 from fps_kernels.ops import triton as backend
-from fps_kernels.ops.records import AdamWTensors, Agreement, Convolution
+from fps_kernels.ops.records import AdamWOptions, AdamWTensors, Agreement, Convolution
 from fps_kernels.ops.triton.gradients import sampled_grad_with_bias
 from fps_kernels.ops.triton.launching import forget_plans
 from kernel_lab.fake_gpu import fake_gpu
@@ -46,7 +46,7 @@ def _timed(calls: int, rounds: int) -> dict[str, float]:
     state = [[torch.zeros(64) for _ in weights] for _ in range(5)]
     steps = [torch.zeros(()) for _ in weights]
     lrs, decays = [1e-3] * TENSORS, [0.0] * TENSORS
-    numbers = decays, 0.9, 0.999, 1e-8, False, None, None, False
+    options = AdamWOptions(lrs, decays, 0.9, 0.999, 1e-8, False, None, None, False)
     addresses = [grad.data_ptr() for grad in state[0]]
     moving = [[grad.clone() for grad in state[0]] for _ in range(2)]
 
@@ -62,9 +62,9 @@ def _timed(calls: int, rounds: int) -> dict[str, float]:
 
     def step_with_moved_gradients() -> None:
         moving.reverse()
-        adamw.run(moving[0], lrs, *numbers)
+        adamw.run(moving[0], options)
 
-    for call in (lambda: sampled_grad_with_bias(gy, x, *csr), agreement.run, lambda: adamw.run(state[0], lrs, *numbers)):
+    for call in (lambda: sampled_grad_with_bias(gy, x, *csr), agreement.run, lambda: adamw.run(state[0], options)):
         call()
     empty = microseconds(lambda: torch.empty(3072, dtype=torch.float32, device=gy.device))
     return {
@@ -75,8 +75,8 @@ def _timed(calls: int, rounds: int) -> dict[str, float]:
         "sampled_grad, two launches": microseconds(lambda: backend.sampled_grad(*tall, *csr)) - 2 * empty,
         "sampled_grad_conv2d": microseconds(lambda: backend.sampled_grad_conv2d(positions, image, *windows, patches))
         - empty,
-        f"step of {TENSORS} tensors": microseconds(lambda: adamw.run(state[0], lrs, *numbers)),
-        f"step of {TENSORS} tensors by their addresses": microseconds(lambda: adamw.run(addresses, lrs, *numbers)),
+        f"step of {TENSORS} tensors": microseconds(lambda: adamw.run(state[0], options)),
+        f"step of {TENSORS} tensors by their addresses": microseconds(lambda: adamw.run(addresses, options)),
         f"step of {TENSORS} tensors with moved gradients": microseconds(step_with_moved_gradients),
         f"agreement of {TENSORS} tensors": microseconds(agreement.run),
         "agreement of one of them": microseconds(lambda: agreement.run_one(7)),

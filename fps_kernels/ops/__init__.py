@@ -10,13 +10,14 @@ per family, so that a backend receives only arguments it may trust. Shapes: ``W`
 from fps_kernels.ops._checks import FLOAT_DTYPES, MAX_NNZ, ORDS
 from fps_kernels.ops._dispatch import BackendUnavailableError, backend_for, implementation, interpreted, use_backend
 from fps_kernels.ops.gradients import sampled_grad, sampled_grad_conv2d
-from fps_kernels.ops.normalisation import normalised
 from fps_kernels.ops.norms import column_norm_, column_norm_conv2d_
 from fps_kernels.ops.prepared import prepared_adamw, prepared_agreement
+from fps_kernels.ops.recomputing import recomputed
 from fps_kernels.ops.records import (
     GELU,
     GELU_TANH,
     LAYER_NORM,
+    AdamWOptions,
     Convolution,
     Csr,
     PreparedAdamW,
@@ -33,6 +34,7 @@ __all__ = [
     "LAYER_NORM",
     "MAX_NNZ",
     "ORDS",
+    "AdamWOptions",
     "BackendUnavailableError",
     "Convolution",
     "Csr",
@@ -46,9 +48,9 @@ __all__ = [
     "implementation",
     "interpreted",
     "masked_adamw_",
-    "normalised",
     "prepared_adamw",
     "prepared_agreement",
+    "recomputed",
     "sampled_grad",
     "sampled_grad_conv2d",
     "scatter_values_",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fps_kernels.ops import records
 from fps_kernels.ops.native_library import DTYPES, AdamW, check, library, table
-from fps_kernels.ops.records import AdamWStep, AdamWTensors, Agreement, Gradients
+from fps_kernels.ops.records import AdamWOptions, AdamWTensors, Agreement, Gradients
 
 _GRAD = 8  # the gradient's address among the fields of an `Update`
 
@@ -29,9 +29,9 @@ def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Ten
     check(library().fps_scatter_values(entries, values.data_ptr(), DTYPES[values.dtype], torch.get_num_threads()))
 
 
-def masked_adamw_(step: AdamWStep) -> None:
+def masked_adamw_(tensors: AdamWTensors, options: AdamWOptions) -> None:
     """:func:`.reference.masked_adamw_` for all tensors in one call."""
-    PreparedAdamW(step.tensors).run(step.grads, *step.options)
+    PreparedAdamW(tensors).run(tensors.grads, options)
 
 
 def agree_values_(agreement: Agreement) -> None:
@@ -85,19 +85,8 @@ class PreparedAdamW(records.PreparedAdamW):
         self._arguments = self._table.ctypes.data, n, ctypes.addressof(self._how)
         self._call = library().fps_masked_adamw
 
-    def run(
-        self,
-        grads: Gradients,
-        lrs: Tensor | Sequence[float],
-        weight_decays: Sequence[float],
-        beta1: float,
-        beta2: float,
-        eps: float,
-        maximize: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        zero_grads: bool,
-    ) -> None:
+    def run(self, grads: Gradients, options: AdamWOptions) -> None:
+        lrs, weight_decays, beta1, beta2, eps, maximize, grad_scale, found_inf, zero_grads = options
         if (moved := self._moved(grads)) is not None:
             self._grads[:] = self._addresses = moved
         last_lrs, last_decays = self._last

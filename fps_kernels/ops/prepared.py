@@ -61,22 +61,12 @@ def prepared_adamw(
         TypeError: as the op.
         ValueError: as the op with ``zero_grads``, or there is no weight.
     """
-    check_lengths(
-        weights,
-        grads=grads,
-        row_offsets=row_offsets,
-        columns=columns,
-        masters=masters,
-        exp_avgs=exp_avgs,
-        exp_avg_sqs=exp_avg_sqs,
-        steps=steps,
-    )
     _check_any(weights)
     if agreed is None:
         agreed = [torch.empty(0, device=weights[0].device)] * len(weights)
-    check_lengths(weights, agreed=agreed)
     lists = (weights, grads, row_offsets, columns, masters, exp_avgs, exp_avg_sqs, steps, agreed)
     tensors = AdamWTensors(*map(_memory, lists))
+    check_lengths(**tensors._asdict())
     check_adamw_tensors(tensors, zero_grads=True)
     prepared: PreparedAdamW = implementation("masked_adamw_", weights[0].device).PreparedAdamW(tensors)
     return prepared

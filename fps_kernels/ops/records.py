@@ -2,9 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
-import torch
 from torch import Tensor
 
 Gradients: TypeAlias = Sequence[Tensor] | Sequence[int]  # tensors, or their addresses
@@ -78,38 +77,6 @@ class Csr:
         self.addresses = (row_offsets.data_ptr(), columns.data_ptr()) if there else (0, 0)
 
 
-class AdamWStep(NamedTuple):
-    """The arguments of :func:`fps_kernels.ops.masked_adamw_`, which says what they are."""
-
-    weights: list[Tensor]
-    grads: list[Tensor]
-    row_offsets: list[Tensor]
-    columns: list[Tensor]
-    masters: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    steps: list[Tensor]
-    lrs: Tensor
-    weight_decays: list[float]
-    beta1: float
-    beta2: float
-    eps: float
-    maximize: bool
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-    zero_grads: bool
-
-    @property
-    def tensors(self) -> "AdamWTensors":
-        none = torch.empty(0, device=self.lrs.device)
-        return AdamWTensors(*self[:8], [none] * len(self.weights))
-
-    @property
-    def options(self) -> tuple[Any, ...]:
-        """What :meth:`PreparedAdamW.run` takes beside the gradients."""
-        return self[8:]
-
-
 class AdamWTensors(NamedTuple):
     """The tensors of :func:`fps_kernels.ops.masked_adamw_`, which says what they are."""
 
@@ -122,6 +89,23 @@ class AdamWTensors(NamedTuple):
     exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
     agreed: list[Tensor]  # where values are noted as well, for agree_values_; empty where they are not
+
+
+class AdamWOptions(NamedTuple):
+    """The numbers of :func:`fps_kernels.ops.masked_adamw_`, which says what they are.
+
+    Of a prepared step the learning rates may be plain numbers: on a GPU they are copied there where they changed.
+    """
+
+    lrs: Tensor | Sequence[float]
+    weight_decays: Sequence[float]
+    beta1: float
+    beta2: float
+    eps: float
+    maximize: bool
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    zero_grads: bool
 
 
 class Agreement(NamedTuple):
@@ -155,32 +139,12 @@ class PreparedAdamW(ABC):
         self._addresses = [g.data_ptr() for g in tensors.grads]
 
     @abstractmethod
-    def run(
-        self,
-        grads: Gradients,
-        lrs: Tensor | Sequence[float],
-        weight_decays: Sequence[float],
-        beta1: float,
-        beta2: float,
-        eps: float,
-        maximize: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        zero_grads: bool,
-    ) -> None:
-        """One step, with the arguments of the op, which are trusted.
+    def run(self, grads: Gradients, options: AdamWOptions) -> None:
+        """One step. What it is given is trusted.
 
         Args:
             grads: tensors like those this was prepared with, or their addresses (not on the reference backend).
-            lrs: ``n`` numbers, or the op's float64 ``[n]`` tensor: on a GPU numbers are copied there where they changed.
-            weight_decays: ``n`` decoupled decay coefficients.
-            beta1: decay of the first moment.
-            beta2: decay of the second moment.
-            eps: added to the root of the second moment.
-            maximize: ascend instead of descend.
-            grad_scale: float32 scalar tensor that gradients are divided by, or ``None``.
-            found_inf: float32 scalar tensor; where it is not zero no value, state or step changes. Or ``None``.
-            zero_grads: set the gradients of the selected entries to zero once they are read.
+            options: the numbers of this step.
 
         Raises:
             ValueError: a gradient at a new address has another dtype, shape or strides than the one in its place before.

@@ -5,14 +5,20 @@ Notation: ``W`` ``[O, C]`` is a weight matrix, ``a`` ``[G, C]`` holds one non-ne
 of an entry is ``s_ij = |fl32(w_ij * a_gj)|``, one rounded float32 product. Arguments arrive validated.
 """
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fps_kernels.ops import records
-from fps_kernels.ops.records import GELU_TANH, LAYER_NORM, AdamWStep, Agreement, Convolution, Csr, Gradients, Recomputed
+from fps_kernels.ops.recomputing import recomputed
+from fps_kernels.ops.records import (
+    AdamWOptions,
+    AdamWTensors,
+    Agreement,
+    Convolution,
+    Csr,
+    Gradients,
+    Recomputed,
+)
 
 RECOMPUTES = True  # inputs of linear_gradients
 ROWS_PER_CHUNK = 1024  # bounds the scratch of the ops that go through rows in chunks
@@ -125,17 +131,6 @@ def linear_gradients(
     return grad, rows.sum(0) if wants_bias else None
 
 
-def recomputed(x: Tensor, how: Recomputed) -> Tensor:
-    """The output of the operation of which ``x`` ``[..., C]`` is the input."""
-    if how.operation != LAYER_NORM:
-        return F.gelu(x, approximate="tanh" if how.operation == GELU_TANH else "none")
-    assert how.mean is not None
-    assert how.scale is not None
-    y = (x - how.mean) * how.scale
-    y = y if how.weight is None else y * how.weight
-    return y if how.bias is None else y + how.bias
-
-
 def sampled_grad_conv2d(
     gy: Tensor,
     x: Tensor,
@@ -160,32 +155,32 @@ def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Ten
     W.index_put_((entry_rows(row_offsets), columns.long()), values.to(W.dtype))
 
 
-def masked_adamw_(step: AdamWStep) -> None:
+def masked_adamw_(tensors: AdamWTensors, options: AdamWOptions) -> None:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) on the selected entries; no value changes where ``found_inf`` is set."""
-    weights, grads, row_offsets, columns, masters, exp_avgs, exp_avg_sqs, steps = step[:8]
-    if step.found_inf is not None and bool(step.found_inf):
-        if step.zero_grads:
+    weights, grads, row_offsets, columns, masters, exp_avgs, exp_avg_sqs, steps, _ = tensors
+    if options.found_inf is not None and bool(options.found_inf):
+        if options.zero_grads:
             _zero(grads, row_offsets, columns)
         return
     for i, W in enumerate(weights):
         steps[i] += 1
-        count, lr = float(steps[i]), float(step.lrs[i])
+        count, lr = float(steps[i]), float(options.lrs[i])
         rows, cols = entry_rows(row_offsets[i]), columns[i].long()
         grad = (grads[i] if grads[i].dim() == 1 else grads[i][rows, cols]).float()
-        if step.grad_scale is not None:
-            grad = grad / step.grad_scale
-        if step.maximize:
+        if options.grad_scale is not None:
+            grad = grad / options.grad_scale
+        if options.maximize:
             grad = -grad
         value = masters[i] if masters[i].numel() else W[rows, cols]
-        value = value * (1 - lr * step.weight_decays[i])
-        exp_avgs[i].lerp_(grad, 1 - step.beta1)
-        exp_avg_sqs[i].mul_(step.beta2).addcmul_(grad, grad, value=1 - step.beta2)
-        denominator = (exp_avg_sqs[i].sqrt() / (1 - step.beta2**count) ** 0.5).add_(step.eps)
-        value.addcdiv_(exp_avgs[i], denominator, value=-lr / (1 - step.beta1**count))
+        value = value * (1 - lr * options.weight_decays[i])
+        exp_avgs[i].lerp_(grad, 1 - options.beta1)
+        exp_avg_sqs[i].mul_(options.beta2).addcmul_(grad, grad, value=1 - options.beta2)
+        denominator = (exp_avg_sqs[i].sqrt() / (1 - options.beta2**count) ** 0.5).add_(options.eps)
+        value.addcdiv_(exp_avgs[i], denominator, value=-lr / (1 - options.beta1**count))
         if masters[i].numel():
             masters[i].copy_(value)
         scatter_values_(W, row_offsets[i], columns[i], value)
-    if step.zero_grads:
+    if options.zero_grads:
         _zero(grads, row_offsets, columns)
 
 
@@ -232,30 +227,16 @@ class PreparedAgreement(records.PreparedAgreement):
 class PreparedAdamW(records.PreparedAdamW):
     """The op, again and again. It needs the gradients themselves: their addresses are of no use to PyTorch."""
 
-    def run(
-        self,
-        grads: Gradients,
-        lrs: Tensor | Sequence[float],
-        weight_decays: Sequence[float],
-        beta1: float,
-        beta2: float,
-        eps: float,
-        maximize: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        zero_grads: bool,
-    ) -> None:
+    def run(self, grads: Gradients, options: AdamWOptions) -> None:
         tensors = self._held._replace(grads=[g for g in grads if isinstance(g, Tensor)])
         if len(tensors.grads) != len(tensors.weights):
             raise TypeError("the reference backend needs the gradients, not their addresses")
         if (moved := self._moved(grads)) is not None:
             self._addresses = moved
-        rates = lrs if isinstance(lrs, Tensor) else torch.tensor(lrs, dtype=torch.float64, device=tensors.weights[0].device)
-        numbers = beta1, beta2, eps, maximize, grad_scale, found_inf, zero_grads
         noted = [i for i, agreed in enumerate(tensors.agreed) if agreed.numel()]
         lists = tensors.weights, tensors.row_offsets, tensors.columns, tensors.masters, tensors.agreed
         agree_values_(Agreement(*([tensor[i] for i in noted] for tensor in lists)))
-        masked_adamw_(AdamWStep(*tensors[:8], rates, list(weight_decays), *numbers))
+        masked_adamw_(tensors, options)
         for agreed, master in zip(tensors.agreed, tensors.masters, strict=True):
             if agreed.numel():
                 agreed.copy_(master)

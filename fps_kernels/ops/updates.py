@@ -17,7 +17,7 @@ from fps_kernels.ops._checks import (
     check_shape,
 )
 from fps_kernels.ops._dispatch import implementation
-from fps_kernels.ops.records import AdamWStep, AdamWTensors, Agreement
+from fps_kernels.ops.records import AdamWOptions, AdamWTensors, Agreement
 
 
 @custom_op("fps_kernels::scatter_values_", mutates_args=("W",))
@@ -93,17 +93,18 @@ def masked_adamw_(
         TypeError: wrong dtype.
         ValueError: wrong shape, device or layout, or lists of different lengths.
     """
-    check_lengths(
-        weights,
-        grads=grads,
-        row_offsets=row_offsets,
-        columns=columns,
-        masters=masters,
-        exp_avgs=exp_avgs,
-        exp_avg_sqs=exp_avg_sqs,
-        steps=steps,
-        weight_decays=weight_decays,
+    tensors = AdamWTensors(
+        list(weights),
+        [g.contiguous() if g.dim() == 1 and not zero_grads else g for g in grads],
+        list(row_offsets),
+        list(columns),
+        list(masters),
+        list(exp_avgs),
+        list(exp_avg_sqs),
+        list(steps),
+        [torch.empty(0, device=lrs.device)] * len(weights),
     )
+    check_lengths(**tensors._asdict(), weight_decays=weight_decays)
     if not weights:
         return
     device = weights[0].device
@@ -116,31 +117,10 @@ def masked_adamw_(
             check_device(name, scalar, device)
             if scalar.numel() != 1:
                 raise ValueError(f"{name} must hold one number, got shape {list(scalar.shape)}")
-    tensors = AdamWTensors(
-        list(weights),
-        [g.contiguous() if g.dim() == 1 and not zero_grads else g for g in grads],
-        list(row_offsets),
-        list(columns),
-        list(masters),
-        list(exp_avgs),
-        list(exp_avg_sqs),
-        list(steps),
-        [torch.empty(0, device=device)] * len(weights),
-    )
     check_adamw_tensors(tensors, zero_grads)
-    step = AdamWStep(
-        *tensors[:8],
-        lrs.contiguous(),
-        list(weight_decays),
-        beta1,
-        beta2,
-        eps,
-        maximize,
-        grad_scale,
-        found_inf,
-        zero_grads,
-    )
-    implementation("masked_adamw_", device).masked_adamw_(step)
+    numbers = list(weight_decays), beta1, beta2, eps, maximize, grad_scale, found_inf, zero_grads
+    options = AdamWOptions(lrs.contiguous(), *numbers)
+    implementation("masked_adamw_", device).masked_adamw_(tensors, options)
 
 
 @custom_op("fps_kernels::agree_values_", mutates_args=("weights", "values", "agreed"))

@@ -15,6 +15,7 @@ from fps_kernels.tuning.groups import chosen_parameters
 from fps_kernels.tuning.step_hooks import install_hooks
 from fps_kernels.tuning.tuned_weight import hold, shorten
 from fps_kernels.tuning.tuner import Tuner
+from fps_kernels.weights.buffers import BufferNotes
 from fps_kernels.weights.fingerprint import fingerprint
 from fps_kernels.weights.kinds import DIMENSIONS
 from fps_kernels.weights.matrix import is_simulated, unfit
@@ -72,7 +73,7 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor]) -> Tun
         for name, chosen in selection.weights.items()
     }
     dense = {name: parameters[name] for name in selection.dense}
-    tuner = Tuner(model, made, dense, selection.description, fingerprint(survey))
+    tuner = Tuner(model, made, dense, selection.description, fingerprint(survey), BufferNotes(survey))
     trained = set(tuner.dense.values())
     for p in survey.first_names:
         tuner._frozen[p] = p.requires_grad

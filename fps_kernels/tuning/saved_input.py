@@ -8,7 +8,6 @@ computed from that, or the output is referred to.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fps_kernels import ops
@@ -112,7 +111,7 @@ class _NormalisedAgain(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, mean, scale)
         ctx.shape = list(shape)
-        return ops.normalised(x, mean, scale, weight, bias)
+        return ops.recomputed(x, ops.Recomputed(ops.LAYER_NORM, mean, scale, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
@@ -127,17 +126,12 @@ class _NormalisedAgain(torch.autograd.Function):
 def computed_again(node: Any, channels: Tensor | None, dim: int | None, dtype: torch.dtype) -> Tensor:
     """The needed channels of the input, in operations that can be differentiated where gradients are enabled."""
     source, how = kept_numbers(node)
-    if how.operation != ops.LAYER_NORM:
-        approximate = "tanh" if how.operation == ops.GELU_TANH else "none"
-        return F.gelu(take(source, channels, dim), approximate=approximate).to(dtype)
-    assert how.mean is not None
-    assert how.scale is not None
-    if torch.is_grad_enabled():
+    if how.operation == ops.LAYER_NORM and torch.is_grad_enabled():
         shape = tuple(node._saved_normalized_shape)
         normal: Tensor = _NormalisedAgain.apply(source, how.weight, how.bias, how.mean, how.scale, shape)
         return take(normal, channels, dim).to(dtype)
     weight, bias = (None if p is None else take(p, channels, p.dim() - 1) for p in (how.weight, how.bias))
-    return ops.normalised(take(source, channels, dim), how.mean, how.scale, weight, bias).to(dtype)
+    return ops.recomputed(take(source, channels, dim), how._replace(weight=weight, bias=bias)).to(dtype)
 
 
 def _is_kept_anyway(x: Tensor) -> bool:

@@ -123,7 +123,7 @@ class StepPlan:
     ) -> None:
         """Take the step."""
         decays = [group["weight_decay"] for group in self.groups]
-        self._prepared.run(gradients, lrs, decays, *self._coefficients, scale, skip, zero_grads)
+        self._prepared.run(gradients, ops.AdamWOptions(lrs, decays, *self._coefficients, scale, skip, zero_grads))
 
 
 class Plans:

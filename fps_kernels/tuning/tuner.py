@@ -36,12 +36,13 @@ class Tuner:
         dense: dict[str, nn.Parameter],
         description: dict[str, str],
         base: str,
+        buffers: BufferNotes,
     ) -> None:
         self.model = model
         self._entries = entries
         self.dense = dense
         self.base = base
-        self.buffers = BufferNotes(model)
+        self.buffers = buffers
         self._description = description
         self._frozen: dict[nn.Parameter, bool] = {}
         self._loading: RemovableHandle | None = None

@@ -9,7 +9,7 @@ from triton import knobs
 
 from fps_kernels import ops
 from fps_kernels.ops import triton as backend
-from fps_kernels.ops.records import AdamWStep, AdamWTensors, Agreement, Convolution
+from fps_kernels.ops.records import AdamWOptions, AdamWTensors, Agreement, Convolution
 from fps_kernels.ops.triton import gradients, launching
 from kernel_lab.fake_gpu import FakeDriver, fake_gpu
 from tests.support.entries import AdamWProblem, AgreementProblem
@@ -88,11 +88,11 @@ def test_a_step_is_one_launch(gpu):
     tensors, _ = adamw()
     n = len(tensors.weights)
     numbers = [0.0] * n, 0.9, 0.999, 1e-8, False, None, None, False
-    step = AdamWStep(*tensors[:8], torch.zeros(n, dtype=torch.float64), *numbers)
+    options = AdamWOptions(torch.zeros(n, dtype=torch.float64), *numbers)
     prepared = backend.PreparedAdamW(tensors)
     for _ in range(3):
-        assert names(gpu, lambda: backend.masked_adamw_(step)) == ["_masked_adamw"]
-        assert names(gpu, lambda: prepared.run(tensors.grads, [0.1] * n, *numbers)) == ["_masked_adamw"]
+        assert names(gpu, lambda: backend.masked_adamw_(tensors, options)) == ["_masked_adamw"]
+        assert names(gpu, lambda: prepared.run(tensors.grads, AdamWOptions([0.1] * n, *numbers))) == ["_masked_adamw"]
 
 
 def test_an_agreement_is_one_launch(gpu):
@@ -170,7 +170,8 @@ def test_a_repeated_step_is_that_of_triton(gpu):
             for lrs in ([0.1] * n, rates[:n], rates[1:]):
                 gpu.launches.clear()
                 for _ in range(2):
-                    prepared.run(tensors.grads, lrs, [0.0] * n, 0.9, 0.999, 1e-8, maximize, grad_scale, found_inf, zero)
+                    numbers = [0.0] * n, 0.9, 0.999, 1e-8, maximize, grad_scale, found_inf, zero
+                    prepared.run(tensors.grads, AdamWOptions(lrs, *numbers))
                 first, second = gpu.launches
                 assert (first.grid, first.kind) == (second.grid, second.kind)
                 assert all(a == b for i, (a, b) in enumerate(zip(first.values, second.values, strict=True)) if i != 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fps_kernels.ops import native, reference
-from fps_kernels.ops.records import AdamWStep, Agreement, Convolution
+from fps_kernels.ops.records import AdamWOptions, AdamWTensors, Agreement, Convolution
 from tests.support.processes import run_python
 
 INF = float("inf")
@@ -92,7 +92,7 @@ def update(weight_dtype: torch.dtype, grad_dtype: torch.dtype) -> Callable[[], l
         tuned, (master, exp_avg, exp_avg_sq), step = W.clone(), [s.clone() for s in state], torch.tensor(3.0)
         lists = ([tuned], [grad], [row_offsets], [columns], [master], [exp_avg], [exp_avg_sq], [step])
         rest = lrs, [0.1], 0.9, 0.999, 1e-8, False, torch.tensor(2.0), torch.tensor(0.0), False
-        native.masked_adamw_(AdamWStep(*lists, *rest))
+        native.masked_adamw_(AdamWTensors(*lists, [torch.empty(0)]), AdamWOptions(*rest))
         native.scatter_values_(tuned, row_offsets, columns, master)
         return [tuned, master, exp_avg, exp_avg_sq, step]
 
@@ -351,7 +351,8 @@ def test_offsets_beyond_31_bits(isa: str) -> None:
     for W in (far, near):
         lists = ([W], [W], [row_offsets], [columns], *([torch.full((nnz,), x)] for x in (0.5, 0.0, 0.0)), [torch.zeros(())])
         lrs = torch.ones(1, dtype=torch.float64)
-        native.masked_adamw_(AdamWStep(*lists, lrs, [0.0], 0.9, 0.999, 1e-8, False, None, None, False))
+        options = AdamWOptions(lrs, [0.0], 0.9, 0.999, 1e-8, False, None, None, False)
+        native.masked_adamw_(AdamWTensors(*lists, [torch.empty(0)]), options)
         tuned.append(W.clone())
         native.scatter_values_(W, row_offsets, columns, torch.arange(nnz).float())
         tuned.append(W.clone())

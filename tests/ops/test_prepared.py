@@ -53,7 +53,7 @@ def test_adamw(backend, device, dtype, compact, rates):
         scale = torch.tensor(2.0, device=device) if number > 2 else None
         found_inf = torch.tensor(float(number == 2), device=device) if number in (2, 3) else None
         given = torch.tensor(lrs, dtype=torch.float64, device=device) if rates == "tensor" else lrs
-        step.run(grads, given, decays, *betas, eps, maximize, scale, found_inf, zero)
+        step.run(grads, ops.AdamWOptions(given, decays, *betas, eps, maximize, scale, found_inf, zero))
         theirs.step(copies, lrs, decays, betas, eps, maximize, scale, found_inf, zero)
         assert equal(ours, theirs), number
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(grads, copies, strict=True)), number
@@ -65,14 +65,14 @@ def test_adamw_takes_addresses(backend, device):
     n = len(ours.weights)
     grads = ours.gradients()
     step = prepared_adamw(ours, grads)
-    rest = [0.1] * n, [0.1] * n, 0.9, 0.999, 1e-8, False, None, None, False
+    options = ops.AdamWOptions([0.1] * n, [0.1] * n, 0.9, 0.999, 1e-8, False, None, None, False)
     addresses = [grad.data_ptr() for grad in grads]
     if backend == "reference":
         with pytest.raises(TypeError, match="the reference backend needs the gradients, not their addresses"):
-            step.run(addresses, *rest)
+            step.run(addresses, options)
         return
     for _ in range(2):
-        step.run(addresses, *rest)
+        step.run(addresses, options)
         theirs.step(grads, [0.1] * n, [0.1] * n)
     assert equal(ours, theirs)
 
@@ -81,10 +81,10 @@ def test_adamw_refuses_gradients_of_another_kind(backend, device):
     problem, _ = twins(AdamWProblem, device, torch.float32, None, True, ["contiguous"])
     (grad,) = problem.gradients()
     step = prepared_adamw(problem, [grad])
-    rest = [0.1], [0.0], 0.9, 0.999, 1e-8, False, None, None, False
+    options = ops.AdamWOptions([0.1], [0.0], 0.9, 0.999, 1e-8, False, None, None, False)
     for wrong in (grad.double(), grad.repeat(2), grad.repeat(2)[::2]):
         with pytest.raises(ValueError, match=r"grads\[0\] must be torch.float32 of shape .* as when the step was prepared"):
-            step.run([wrong], *rest)
+            step.run([wrong], options)
     assert problem.steps[0].item() == 0
     for bad in (grad.double(), grad[1:], grad.repeat(2)[::2], torch.ones(1, 37, device=device).expand(13, 37)):
         with pytest.raises((TypeError, ValueError), match=r"grads\[0\]"):
@@ -177,7 +177,7 @@ def test_a_step_begins_with_agreement_and_notes_what_it_ends_with(backend, devic
                     rows, columns = problem.rows[i], problem.csr[i][1].long()
                     W[rows, columns] = torch.where(change[i] > 0.8, W[rows, columns] * 2, W[rows, columns])
         grads = ours.gradients()
-        step.run(grads, [0.1] * n, [0.1] * n, 0.9, 0.999, 1e-8, False, None, None, False)
+        step.run(grads, ops.AdamWOptions([0.1] * n, [0.1] * n, 0.9, 0.999, 1e-8, False, None, None, False))
         chosen = [i for i in range(n) if i != 1]
         lists = theirs.weights, [o for o, _ in theirs.csr], [c for _, c in theirs.csr], theirs.masters, known
         ops.agree_values_(*([one[i] for i in chosen] for one in lists))

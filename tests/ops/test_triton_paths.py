@@ -9,7 +9,7 @@ import torch
 
 from fps_kernels.ops import reference
 from fps_kernels.ops import triton as backend
-from fps_kernels.ops.records import AdamWStep, Convolution
+from fps_kernels.ops.records import AdamWOptions, AdamWTensors, Convolution
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -243,7 +243,8 @@ def test_updates_of_many_blocks():
         lrs = torch.tensor([0.1], dtype=torch.float64, device=DEVICE)
         steps = [torch.tensor(0.0, device=DEVICE)]
         tensors = [weight], [weight.sin()], [row_offsets], [columns], [torch.empty(0, device=DEVICE)], [state[0]], [state[1]]
-        op(AdamWStep(*tensors, steps, lrs, [0.1], 0.9, 0.999, 1e-8, False, None, None, False))
+        options = AdamWOptions(lrs, [0.1], 0.9, 0.999, 1e-8, False, None, None, False)
+        op(AdamWTensors(*tensors, steps, [torch.empty(0, device=DEVICE)]), options)
         return weight
 
     torch.testing.assert_close(step(backend.masked_adamw_, W), step(reference.masked_adamw_, expected), rtol=1e-6, atol=1e-7)

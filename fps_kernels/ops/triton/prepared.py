@@ -1,13 +1,13 @@
 """``agree_values_`` and ``masked_adamw_`` with tables that stay on the device: a run uploads what changed, and launches."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from fps_kernels.ops import records
-from fps_kernels.ops.records import AdamWTensors, Agreement, Gradients
+from fps_kernels.ops.records import AdamWOptions, AdamWTensors, Agreement, Gradients
 from fps_kernels.ops.triton.agreement import agreement_fields, launch_agree_values
 from fps_kernels.ops.triton.launching import Compiled
 from fps_kernels.ops.triton.tables import OwnTable, map_values
@@ -63,20 +63,9 @@ class PreparedAdamW(records.PreparedAdamW):
         self._with_rates = False
         self._numbers: tuple[object, ...] = ()
 
-    def run(
-        self,
-        grads: Gradients,
-        lrs: Tensor | Sequence[float],
-        weight_decays: Sequence[float],
-        beta1: float,
-        beta2: float,
-        eps: float,
-        maximize: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        zero_grads: bool,
-    ) -> None:
-        self._write_changes(grads, lrs, weight_decays, beta1, beta2, eps)
+    def run(self, grads: Gradients, options: AdamWOptions) -> None:
+        lrs, maximize, grad_scale, found_inf = options.lrs, options.maximize, options.grad_scale, options.found_inf
+        self._write_changes(grads, options)
         assert self._changing is not None
         tables = self._table.read(), self._changing.read(), self._map.read()
         n = len(self._held.weights)
@@ -84,7 +73,7 @@ class PreparedAdamW(records.PreparedAdamW):
         scale = None if grad_scale is None else grad_scale.data_ptr()
         skip = None if found_inf is None else found_inf.data_ptr()
         # All that it is compiled for: the tables are aligned.
-        kind = maximize, zero_grads, rates % 16, scale and scale % 16, skip and skip % 16
+        kind = maximize, options.zero_grads, rates % 16, scale and scale % 16, skip and skip % 16
         compiled = self._compiled.get(kind)
         if compiled is not None:
             table, changing, map_ = tables
@@ -94,26 +83,19 @@ class PreparedAdamW(records.PreparedAdamW):
         if not isinstance(lrs, Tensor):
             lrs = tables[1][rates_offset(n) :].view(torch.float64)
         with torch.cuda.device_of(tables[0]):
-            compiled = launch_masked_adamw(*tables, lrs, maximize, grad_scale, found_inf, zero_grads)
+            compiled = launch_masked_adamw(*tables, lrs, maximize, grad_scale, found_inf, options.zero_grads)
         if compiled is not None:
             self._compiled[kind] = compiled
 
-    def _write_changes(
-        self,
-        grads: Gradients,
-        lrs: Tensor | Sequence[float],
-        weight_decays: Sequence[float],
-        beta1: float,
-        beta2: float,
-        eps: float,
-    ) -> None:
+    def _write_changes(self, grads: Gradients, options: AdamWOptions) -> None:
+        lrs, weight_decays, coefficients = options.lrs, options.weight_decays, options[2:5]
         rates = None if isinstance(lrs, Tensor) else list(lrs)
-        numbers = (rates, list(weight_decays), beta1, beta2, eps)
+        numbers = (rates, list(weight_decays), *coefficients)
         moved = self._moved(grads)
         if self._changing is not None and moved is None and numbers == self._numbers:
             return
         addresses = self._addresses if moved is None else moved
-        values = changing_fields(addresses, weight_decays, (beta1, beta2, eps), rates or ())
+        values = changing_fields(addresses, weight_decays, coefficients, rates or ())
         with torch.cuda.device_of(self._held.weights[0]):
             if self._changing is None or self._with_rates != (rates is not None):
                 self._changing = OwnTable(values, self._device)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fps_kernels.ops.records import AdamWStep, AdamWTensors
+from fps_kernels.ops.records import AdamWOptions, AdamWTensors
 from fps_kernels.ops.triton.floats import bfloat16_bits, to_float32
 from fps_kernels.ops.triton.launching import Compiled, launch
 from fps_kernels.ops.triton.tables import Values, block_map, device_table
@@ -24,21 +24,21 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FIELDS = tl.constexpr(19)
 
 
-def masked_adamw_(step: AdamWStep) -> None:
+def masked_adamw_(tensors: AdamWTensors, options: AdamWOptions) -> None:
     """:func:`fps_kernels.ops.reference.masked_adamw_` in one launch, without waiting for the device.
 
     The tables are made anew only when a tensor has moved or a number has changed. Under CUDA graph capture they must exist:
     see :func:`~fps_kernels.ops.triton.tables.device_table`.
     """
-    lrs = step.lrs
-    numbers = (step.beta1, step.beta2, step.eps)
+    lrs = options.lrs
+    assert isinstance(lrs, Tensor)
     with torch.cuda.device_of(lrs):
-        map_ = block_map(step_blocks(step.columns), lrs.device)
-        tensors = device_table(tensor_fields(step.tensors), lrs.device)
-        addresses = [grad.data_ptr() for grad in step.grads]
-        values = changing_fields(addresses, step.weight_decays, numbers)
+        map_ = block_map(step_blocks(tensors.columns), lrs.device)
+        table = device_table(tensor_fields(tensors), lrs.device)
+        addresses = [grad.data_ptr() for grad in tensors.grads]
+        values = changing_fields(addresses, options.weight_decays, options[2:5])
         changing = device_table(tuple(values.tolist()), lrs.device)
-        launch_masked_adamw(tensors, changing, map_, lrs, step.maximize, *step.options[6:])
+        launch_masked_adamw(table, changing, map_, lrs, *options[5:])
 
 
 def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor) -> None:
