@@ -112,7 +112,8 @@ def layer_cost(layers: int = TENSORS, rounds: int = 40) -> dict[str, float]:
     biases = tuple(f"layers.{i}.bias" for i in range(layers))
     fps.attach(attached, fps.Selection(fps.Selection.from_masks(masks).weights, biases))
     attached.first.requires_grad_()
-    x, times = torch.randn(2, 40, 48), {"plain": [], "attached": []}  # type: ignore[var-annotated]
+    x = torch.randn(2, 40, 48)
+    times: dict[str, list[tuple[float, float]]] = {"plain": [], "attached": []}
     with fake_gpu() as driver, _served_by_triton():
         driver.listening = False
         for turn in range(-3, rounds):
