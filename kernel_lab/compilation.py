@@ -138,7 +138,7 @@ def _recording(target: str, launches: list[Launch]) -> Iterator[None]:
             return partial(self.launch, grid)
 
         def launch(self, grid: tuple[int, ...], *positional: Any, num_warps: int, **named: Any) -> None:
-            options: dict[str, int] = {name: named.pop(name) for name in ("num_stages", "maxnreg") if name in named}
+            options: dict[str, int] = {name: named.pop(name) for name in ("num_stages", "maxnreg", "enable_fp_fusion") if name in named}
             launches.append(_specialised(target, self.kernel, grid, num_warps, options, positional, named))
 
     kernels = [

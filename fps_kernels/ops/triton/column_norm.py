@@ -50,6 +50,7 @@ def launch_partial_norms(x: Tensor, ord: float) -> Tensor:
         BLOCK_M=block_m,
         BLOCK_C=BLOCK_C,
         num_warps=8,
+        enable_fp_fusion=False,
     )
     return partials
 
@@ -79,13 +80,16 @@ def accumulate(part, x, ORD: tl.constexpr):
     """One more tile of ``x`` into a float32 tile of sums, or (``ORD`` 0) into an int32 tile of the largest magnitudes.
 
     Maxima are taken over the bits: as integers they are exact, and NaN, being above infinity, wins without a comparison.
+    Squares are added by an explicit FMA, and launches turn off the compiler's own (``enable_fp_fusion=False``): where lanes
+    add each other's sums, it would put a product into one lane's addition and a rounded product into the other's, so that
+    the same sum had two roundings.
     """
     if ORD == 0:
         return tl.maximum(part, magnitude_bits(x))
     elif ORD == 1:
         return part + tl.abs(to_float32(x))
     else:
-        return part + to_float32(x) * to_float32(x)
+        return tl.fma(to_float32(x), to_float32(x), part)
 
 
 @triton.jit
