@@ -75,7 +75,7 @@ def test_convolution_with_few_programs_for_many_blocks(monkeypatch, programs, la
 
 @pytest.mark.parametrize("fill", ["random", "tied", "nan"])
 def test_topk_of_rows_too_long_for_registers(monkeypatch, fill):
-    for name in ("MOST_ROUNDS", "MOST_REGISTER_COLUMNS", "MOST_SCATTERED_COLUMNS"):
+    for name in ("MOST_ROUNDS", "MOST_REGISTER_COLUMNS", "MOST_REGISTER_COLUMNS_SM_8_9", "MOST_SCATTERED_COLUMNS"):
         monkeypatch.setattr(module("topk"), name, 0)
     W, a = torch.randn(2, 9001, device=DEVICE), torch.rand(1, 9001, device=DEVICE)
     if fill == "tied":

@@ -11,13 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fps_kernels.ops.triton.digits import BITS, SHIFTS, digit_of_rank, occurrences
+from fps_kernels.ops.triton.factors import factors_by_row, share_factors, shared_factors
 from fps_kernels.ops.triton.floats import NAN_KEY, canonical_key, score_key
 from fps_kernels.ops.triton.tables import block_map, device_table
+from fps_kernels.ops.triton.target import register_limit
 
-# The 31 bits of a key in three digits. `tl.histogram` is one shared-memory atomic per entry, however many bins there are;
-# wider digits would save no pass and make flushing the counters dearer.
-DIGIT_SHIFTS = (20, 10, 0)
-DIGIT_BITS = (11, 10, 10)
 # Many entries per program make flushing its counters cheap; few keep all SMs busy where there is one small tensor.
 LEAST_ENTRIES, MOST_ENTRIES = 4096, 65536
 TARGET_PROGRAMS = 528  # four for each SM of an H100
@@ -46,30 +45,30 @@ class _Kind:
 
     dtype: torch.dtype
     aligned: bool  # 16-byte loads: unit column stride, everything divisible
-    narrow: bool
-
-    @property
-    def tile(self) -> tuple[int, int]:
-        return (64, 32) if self.narrow else (8, 256)
+    shared: bool  # the rows of a tile have the same factors
+    tile: tuple[int, int]
 
 
 def _kind(W: Tensor, a: Tensor) -> _Kind:
     aligned = W.stride(1) == 1 and all(n % 16 == 0 for n in (W.data_ptr(), a.data_ptr(), W.stride(0), W.shape[1]))
-    return _Kind(W.dtype, aligned, W.shape[1] <= 64)
+    tile = (64, 32) if W.shape[1] <= 64 else (16, 256)
+    return _Kind(W.dtype, aligned, share_factors(W, a, tile[0]), tile)
 
 
 def launch_radix_passes(weights: list[Tensor], factors: list[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Three passes, each followed by the choice of its digit on the device: only counts and two numbers of state exist."""
     device, n = weights[0].device, len(weights)
     kinds: dict[_Kind, list[int]] = {}
-    for i, (W, a) in enumerate(zip(weights, factors, strict=True)):
-        if W.numel():
-            kinds.setdefault(_kind(W, a), []).append(i)
     table: list[int] = []
+    rows_per_program: list[int] = []
     total = sum(W.numel() for W in weights)
     entries = min(MOST_ENTRIES, max(LEAST_ENTRIES, total // TARGET_PROGRAMS))
-    rows_per_program = [max(1, entries // max(1, W.shape[1])) for W in weights]
-    for W, a, rows in zip(weights, factors, rows_per_program, strict=True):
+    for i, (W, a) in enumerate(zip(weights, factors, strict=True)):
+        kind = _kind(W, a)
+        if W.numel():
+            kinds.setdefault(kind, []).append(i)
+        rows = kind.tile[0] * max(1, entries // (kind.tile[0] * max(1, W.shape[1])))  # whole tiles
+        rows_per_program.append(rows)
         table += (W.data_ptr(), a.data_ptr(), *W.shape, *W.stride(), max(1, W.shape[0] // a.shape[0]), rows)
     maps = {
         kind: block_map(tuple((i, triton.cdiv(weights[i].shape[0], rows_per_program[i])) for i in members), device)
@@ -77,13 +76,13 @@ def launch_radix_passes(weights: list[Tensor], factors: list[Tensor], k: int) ->
     }
     pointers = device_table(tuple(table), device)
     state = torch.empty(2, dtype=torch.int64, device=device)  # the key's leading digits; the rank among keys that share them
-    shared = torch.zeros(len(DIGIT_BITS) - 1, 1 << max(DIGIT_BITS), dtype=torch.int64, device=device)
-    own = torch.zeros(n, 1 << DIGIT_BITS[-1], dtype=torch.int64, device=device)  # last digit: a histogram per tensor
+    shared = torch.zeros(len(BITS) - 1, 1 << max(BITS), dtype=torch.int64, device=device)
+    own = torch.zeros(n, 1 << BITS[-1], dtype=torch.int64, device=device)  # last digit: a histogram per tensor
     greater = torch.zeros(n, dtype=torch.int64, device=device)
     equal = torch.empty(n, dtype=torch.int64, device=device)
     threshold = torch.empty((), dtype=torch.float32, device=device)
-    for number, (shift, bits) in enumerate(zip(DIGIT_SHIFTS, DIGIT_BITS, strict=True)):
-        first, last = number == 0, number == len(DIGIT_BITS) - 1
+    for number, (shift, bits) in enumerate(zip(SHIFTS, BITS, strict=True)):
+        first, last = number == 0, number == len(BITS) - 1
         histogram = own if last else shared[number]
         for kind, map_ in maps.items():
             _histogram[(map_.numel(),)](
@@ -98,14 +97,16 @@ def launch_radix_passes(weights: list[Tensor], factors: list[Tensor], k: int) ->
                 LAST=last,
                 DTYPE=TL_DTYPES[kind.dtype],
                 ALIGNED=kind.aligned,
+                SHARED=kind.shared,
                 BLOCK_R=kind.tile[0],
                 BLOCK_C=kind.tile[1],
                 num_warps=4,
+                **register_limit(device, 168),
             )
         _choose_digit[(1,)](
             histogram, state, k, n if last else 1, FIRST=first, BITS=bits, BLOCK_N=8 if last else 1, num_warps=8
         )
-    _counts[(n,)](own, state, threshold, greater, equal, BITS=DIGIT_BITS[-1], num_warps=4)
+    _counts[(n,)](own, state, threshold, greater, equal, BITS=BITS[-1], num_warps=4)
     return threshold, greater, equal
 
 
@@ -120,11 +121,23 @@ def launch_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) 
     columns = torch.empty(nnz, dtype=torch.int32, device=W.device)
     grid = (triton.cdiv(O, block_r),)
     matrix = (W, a, threshold, O, C, W.stride(0), W.stride(1), O // a.shape[0])
-    _count_rows[grid](*matrix, counts, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+    shared = share_factors(W, a, block_r)
+    limit = register_limit(W.device, 168)
+    _count_rows[grid](*matrix, counts, SHARED=shared, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4, **limit)
     _offsets[(1,)](counts, row_offsets, ties_before, O, ties, BLOCK=1024, num_warps=4)
     if nnz:
         _fill_rows[grid](
-            *matrix, row_offsets, ties_before, columns, ties, nnz, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4
+            *matrix,
+            row_offsets,
+            ties_before,
+            columns,
+            ties,
+            nnz,
+            SHARED=shared,
+            BLOCK_R=block_r,
+            BLOCK_C=block_c,
+            num_warps=4,
+            **limit,
         )
     return row_offsets, columns
 
@@ -142,6 +155,7 @@ def _histogram(
     LAST: tl.constexpr,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -157,12 +171,12 @@ def _histogram(
     fields = table_ptr + tensor * FIELDS
     W_ptr = tl.load(fields).to(tl.pointer_type(DTYPE))
     a_ptr = tl.load(fields + 1).to(tl.pointer_type(tl.float32))
-    O = tl.load(fields + 2)
-    C = tl.load(fields + 3)
+    O = tl.load(fields + 2).to(tl.int32)
+    C = tl.load(fields + 3).to(tl.int32)
     stride_o = tl.load(fields + 4)
     stride_c = tl.load(fields + 5)
-    rows_per_group = tl.load(fields + 6)
-    rows_per_program = tl.load(fields + 7)
+    rows_per_group = tl.load(fields + 6).to(tl.int32)
+    rows_per_program = tl.load(fields + 7).to(tl.int32)
     if ALIGNED:  # promises that hold for this kind of tensor; nothing is known of numbers read from a table
         W_ptr = tl.multiple_of(W_ptr, 16)
         a_ptr = tl.multiple_of(a_ptr, 16)
@@ -175,25 +189,27 @@ def _histogram(
         prefix = tl.load(state_ptr).to(tl.int32)
     counts = tl.zeros([BINS], tl.int32)
     above = tl.zeros([BLOCK_R], tl.int32)
-    first = (entry & 0xFFFFFFFF) * rows_per_program
+    first = entry.to(tl.int32) * rows_per_program
     last = tl.minimum(first + rows_per_program, O)
     for start in range(first, last, BLOCK_R):
-        rows = start + tl.arange(0, BLOCK_R)  # [R] int64
-        groups = rows // rows_per_group
+        rows = start + tl.arange(0, BLOCK_R)  # [R]
         for start_c in range(0, C, BLOCK_C):
-            columns = start_c + tl.arange(0, BLOCK_C)  # [C] int64
-            inside = (rows < last)[:, None] & (columns < C)[None, :]
-            w = tl.load(W_ptr + rows[:, None] * stride_o + columns[None, :] * stride_c, mask=inside, other=0.0)
-            a = tl.load(a_ptr + groups[:, None] * C + columns[None, :], mask=inside, other=0.0)
-            key = score_key(w, a)  # [R, C]
+            columns = start_c + tl.arange(0, BLOCK_C)  # [C]
+            inside = (rows < O)[:, None] & (columns < C)[None, :]
+            offsets = rows.to(tl.int64)[:, None] * stride_o + columns.to(tl.int64)[None, :] * stride_c
+            w = tl.load(W_ptr + offsets, mask=inside, other=0.0)
+            if SHARED:
+                key = score_key(w, shared_factors(a_ptr, start, columns, C, rows_per_group))  # [R, C]
+            else:
+                key = score_key(w, factors_by_row(a_ptr, rows, columns, O, C, rows_per_group))
             digit = (key >> SHIFT) & (BINS - 1)
             if FIRST:
-                counts += _occurrences(digit, inside, BINS)
+                counts += occurrences(digit, inside, BINS)
             else:
                 leading = key >> (SHIFT + BITS)
                 candidate = inside & (leading == prefix)
                 if tl.max(tl.max(candidate.to(tl.int32), 1), 0) > 0:
-                    counts += _occurrences(digit, candidate, BINS)
+                    counts += occurrences(digit, candidate, BINS)
                 if LAST:
                     above += tl.sum((inside & (leading > prefix)).to(tl.int32), 1)
     bins = tl.arange(0, BINS)
@@ -202,18 +218,6 @@ def _histogram(
         tl.atomic_add(greater_ptr + tensor, tl.sum(above.to(tl.int64), 0), sem="relaxed")
     else:
         tl.atomic_add(histogram_ptr + bins, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
-
-
-@triton.jit
-def _occurrences(digit, counted, BINS: tl.constexpr):
-    """How often each digit occurs ``[BINS]`` among those of ``[R, C]`` that are counted.
-
-    Digits and mask go through one reshape. Triton lets a reshape whose result is only reduced put the elements into any
-    order (its pass ``CombineReshapeReducePatterns`` adds ``allow_reorder``), and it chooses that order for each reshape
-    alone: a mask with a reshape of its own may come to mask other digits than its own.
-    """
-    flat = tl.ravel(tl.where(counted, digit, -1))
-    return tl.histogram(tl.maximum(flat, 0), BINS, mask=flat >= 0)
 
 
 @triton.jit(do_not_specialize=["k", "n"])
@@ -233,10 +237,9 @@ def _choose_digit(histogram_ptr, state_ptr, k, n, FIRST: tl.constexpr, BITS: tl.
     else:
         prefix = tl.load(state_ptr)
         rank = tl.load(state_ptr + 1)
-    reached = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts  # keys in this bin and above it
-    digit = tl.sum((reached >= rank).to(tl.int32), 0) - 1
+    digit, rank = digit_of_rank(counts, rank, BINS)
     tl.store(state_ptr, prefix * BINS + digit)
-    tl.store(state_ptr + 1, rank - tl.sum(tl.where(bins > digit, counts, 0), 0))
+    tl.store(state_ptr + 1, rank)
 
 
 @triton.jit
@@ -257,13 +260,29 @@ def _counts(own_ptr, state_ptr, threshold_ptr, greater_ptr, equal_ptr, BITS: tl.
 
 
 @triton.jit
-def _tile_keys(W_ptr, a_ptr, rows, start, O, C, stride_o, stride_c, rows_per_group, BLOCK_C: tl.constexpr):
+def _tile_keys(
+    W_ptr,
+    a_ptr,
+    rows,
+    first_row,
+    start,
+    O,
+    C,
+    stride_o,
+    stride_c,
+    rows_per_group,
+    SHARED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """The keys ``[R, C]`` of some rows from column ``start`` on, -1 outside the matrix, and the columns."""
     columns = start + tl.arange(0, BLOCK_C)
     inside = (rows < O)[:, None] & (columns < C)[None, :]
     w = tl.load(W_ptr + rows[:, None] * stride_o + columns.to(tl.int64)[None, :] * stride_c, mask=inside, other=0.0)
-    a = tl.load(a_ptr + (rows // rows_per_group)[:, None] * C + columns[None, :], mask=inside, other=0.0)
-    return tl.where(inside, score_key(w, a), -1), columns
+    if SHARED:
+        key = score_key(w, shared_factors(a_ptr, first_row, columns, C, rows_per_group))
+    else:
+        key = score_key(w, factors_by_row(a_ptr, rows, columns, O, C, rows_per_group))
+    return tl.where(inside, key, -1), columns
 
 
 @triton.jit
@@ -277,6 +296,7 @@ def _count_rows(
     stride_c,
     rows_per_group,
     counts_ptr,
+    SHARED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -284,12 +304,13 @@ def _count_rows(
 
     Must move: ``W`` once, 8 bytes per row out.
     """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [R]
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_R
+    rows = first_row + tl.arange(0, BLOCK_R)  # [R]
     threshold = canonical_key(tl.load(threshold_ptr))
     above = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
     tied = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
     for start in range(0, C, BLOCK_C):
-        key, _ = _tile_keys(W_ptr, a_ptr, rows, start, O, C, stride_o, stride_c, rows_per_group, BLOCK_C)
+        key, _ = _tile_keys(W_ptr, a_ptr, rows, first_row, start, O, C, stride_o, stride_c, rows_per_group, SHARED, BLOCK_C)
         above += (key > threshold).to(tl.int32)
         tied += (key == threshold).to(tl.int32)
     tl.store(counts_ptr + rows, tl.sum(above, 1), mask=rows < O)
@@ -332,6 +353,7 @@ def _fill_rows(
     columns_ptr,
     ties,
     nnz,
+    SHARED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -339,12 +361,15 @@ def _fill_rows(
 
     Must move: ``W`` once, ``4 nnz`` bytes out. Writes nothing at or beyond ``nnz``, whatever the counts are.
     """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [R]
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_R
+    rows = first_row + tl.arange(0, BLOCK_R)  # [R]
     threshold = canonical_key(tl.load(threshold_ptr))
     slot = tl.load(row_offsets_ptr + rows, mask=rows < O, other=0)  # [R] where the row's next column goes
     ties_left = ties - tl.load(ties_before_ptr + rows, mask=rows < O, other=0)  # [R] int64
     for start in range(0, C, BLOCK_C):
-        key, columns = _tile_keys(W_ptr, a_ptr, rows, start, O, C, stride_o, stride_c, rows_per_group, BLOCK_C)
+        key, columns = _tile_keys(
+            W_ptr, a_ptr, rows, first_row, start, O, C, stride_o, stride_c, rows_per_group, SHARED, BLOCK_C
+        )
         tied = (key == threshold).to(tl.int32)
         chosen = (key > threshold) | ((tied > 0) & (tl.cumsum(tied, 1) <= ties_left[:, None]))
         taken = chosen.to(tl.int32)

@@ -5,16 +5,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fps_kernels.ops.triton.digits import digit_of_rank, occurrences
+from fps_kernels.ops.triton.factors import factors_by_row, share_factors, shared_factors
 from fps_kernels.ops.triton.floats import score_key
+from fps_kernels.ops.triton.target import register_limit, target_of
 
 # In the machine code for sm_90, with 32 entries per thread, a round of "take the largest away" is about 210 instructions, a
 # step of the bisection 120 (it takes 15 to 31, whatever k is), and ordering what it chose 1100: they meet near k = 16.
 MOST_ROUNDS = 16
 ROUND_SLOTS = tl.constexpr(16)
-# Up to here a row's keys stay in registers; beyond it, where they would spill, the bisection computes them again, from the
-# L1 and L2 caches. Without 16-byte loads every entry has an address of its own, which takes registers too.
+# Up to here a row's keys stay in registers. Beyond it, where they would spill, each pass computes them again, from the L1
+# and L2 caches. Compiled for sm_80 and sm_90, 512 threads have the registers for twice as many as on other targets.
 MOST_REGISTER_COLUMNS = 8192
+MOST_REGISTER_COLUMNS_SM_8_9 = 16384
+# Without 16-byte loads every entry has an address of its own, which takes registers too.
 MOST_SCATTERED_COLUMNS = 4096
+SECTOR = 32
+# Rows that a program reads with the factors of the first: four bytes a column then are half of two bytes in each of four.
+ROWS_PER_FACTOR = 4
 
 
 def score_topk(W: Tensor, a: Tensor, k: int) -> Tensor:
@@ -23,24 +31,36 @@ def score_topk(W: Tensor, a: Tensor, k: int) -> Tensor:
     with torch.cuda.device_of(W):
         if k == 1:
             launch_argmax(W, a, columns)
-        elif W.shape[1] <= (MOST_REGISTER_COLUMNS if _wide(W) else MOST_SCATTERED_COLUMNS):
+        elif W.shape[1] <= _most_register_columns(W):
             launch_select_in_registers(W, a, columns)
         else:
             launch_select_by_passes(W, a, columns)
     return columns
 
 
+def _most_register_columns(W: Tensor) -> int:
+    if not _wide(W):
+        return MOST_SCATTERED_COLUMNS
+    twice = target_of(W.device).startswith(("sm_8", "sm_9"))
+    return MOST_REGISTER_COLUMNS_SM_8_9 if twice else MOST_REGISTER_COLUMNS
+
+
 def _wide(W: Tensor) -> bool:
     """Whether Triton can load rows of ``W`` by 16 bytes."""
-    return W.stride(1) == 1 and W.stride(0) % 16 == 0 and W.data_ptr() % 16 == 0
+    return W.stride(1) == 1 and all(n % 16 == 0 for n in (W.shape[1], W.stride(0), W.data_ptr()))
+
+
+def _transposed(W: Tensor) -> bool:
+    """Whether neighbours in memory are neighbouring rows."""
+    return W.stride(1) != 1 and W.stride(0) == 1
 
 
 def launch_argmax(W: Tensor, a: Tensor, columns: Tensor) -> None:
     O, C = W.shape
-    if W.stride(1) != 1 and W.stride(0) == 1:  # transposed: neighbours in memory are neighbouring rows
+    if _transposed(W):
         block_r, block_c = 32, 64
     else:
-        block_r, block_c = 4, min(512, max(32, triton.next_power_of_2(C)))
+        block_r, block_c = 8, min(256, max(32, triton.next_power_of_2(C)))
     _argmax[(triton.cdiv(O, block_r),)](
         W,
         a,
@@ -50,6 +70,7 @@ def launch_argmax(W: Tensor, a: Tensor, columns: Tensor) -> None:
         W.stride(0),
         W.stride(1),
         O // a.shape[0],
+        SHARED=share_factors(W, a, block_r),
         BLOCK_R=block_r,
         BLOCK_C=block_c,
         num_warps=4,
@@ -60,10 +81,16 @@ def launch_select_in_registers(W: Tensor, a: Tensor, columns: Tensor) -> None:
     O, C = W.shape
     k = columns.shape[1]
     block_c = triton.next_power_of_2(C)
-    # Short rows: one warp each, so that no reduction needs a barrier. Long rows: 32 entries per thread, or 16 addresses.
-    block_r = max(1, min(16, 4096 // block_c))
-    num_warps = max(4, block_c // 1024) * (1 if _wide(W) else 2)
-    _select_in_registers[(triton.cdiv(O, block_r),)](
+    if _transposed(W):  # a sector of rows, or half of one where a whole one would spill
+        fewest = 1 if target_of(W.device).startswith("gfx") else 4
+        block_r = max(fewest, min(SECTOR // W.element_size(), 8192 // block_c))
+    else:  # short rows: one warp each, so that no reduction needs a barrier
+        block_r = max(1, min(16, 4096 // block_c))
+    turns = max(1, ROWS_PER_FACTOR // block_r)
+    # 32 entries a thread, 16 where each has an address or where several warps serve a row and need no more than 512 threads.
+    per_warp = 1024 if _transposed(W) or (_wide(W) and block_c not in (2048, 4096)) else 512
+    num_warps = max(4, block_r * block_c // per_warp)
+    _select_in_registers[(triton.cdiv(O, block_r * turns),)](
         W,
         a,
         columns,
@@ -73,10 +100,13 @@ def launch_select_in_registers(W: Tensor, a: Tensor, columns: Tensor) -> None:
         W.stride(1),
         O // a.shape[0],
         k,
+        SHARED=share_factors(W, a, block_r * turns),
         BY_ROUNDS=k <= MOST_ROUNDS,
+        TURNS=turns,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
         num_warps=num_warps,
+        **({} if _wide(W) else register_limit(W.device, 128)),
     )
 
 
@@ -106,6 +136,7 @@ def _argmax(
     stride_o,
     stride_c,
     rows_per_group,
+    SHARED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -113,16 +144,19 @@ def _argmax(
 
     Every lane keeps the best key of its own columns, the first of equals; rows are reduced once, at the end.
     """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [R]
-    groups = rows // rows_per_group
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_R
+    rows = first_row + tl.arange(0, BLOCK_R)  # [R]
     best = tl.full([BLOCK_R, BLOCK_C], -1, tl.int32)
     best_column = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
     for start in range(0, C, BLOCK_C):
         columns = start + tl.arange(0, BLOCK_C)  # [C]
         inside = (rows < O)[:, None] & (columns < C)[None, :]
         w = tl.load(W_ptr + rows[:, None] * stride_o + columns.to(tl.int64)[None, :] * stride_c, mask=inside, other=0.0)
-        a = tl.load(a_ptr + groups[:, None] * C + columns[None, :], mask=inside, other=0.0)
-        key = tl.where(inside, score_key(w, a), -1)  # [R, C]
+        if SHARED:
+            score = score_key(w, shared_factors(a_ptr, first_row, columns, C, rows_per_group))
+        else:
+            score = score_key(w, factors_by_row(a_ptr, rows, columns, O, C, rows_per_group))
+        key = tl.where(inside, score, -1)  # [R, C]
         better = key > best
         best = tl.where(better, key, best)
         best_column = tl.where(better, columns[None, :], best_column)
@@ -142,7 +176,9 @@ def _select_in_registers(
     stride_c,
     rows_per_group,
     k,
+    SHARED: tl.constexpr,
     BY_ROUNDS: tl.constexpr,
+    TURNS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -151,38 +187,61 @@ def _select_in_registers(
     Few (``BY_ROUNDS``): the largest key and the first column that has it, k times. Many: bisection of the 31-bit key until
     exactly k keys reach the threshold, or the threshold is exact and the first of the keys equal to it fill up.
     """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [R]
+    first_row = tl.program_id(0).to(tl.int64) * (BLOCK_R * TURNS)
     columns = tl.arange(0, BLOCK_C)  # [C]
-    inside = (rows < O)[:, None] & (columns < C)[None, :]
-    w = tl.load(W_ptr + rows[:, None] * stride_o + columns.to(tl.int64)[None, :] * stride_c, mask=inside, other=0.0)
-    a = tl.load(a_ptr + (rows // rows_per_group)[:, None] * C + columns[None, :], mask=inside, other=0.0)
-    key = tl.where(inside, score_key(w, a), -1)  # [R, C]
-    if BY_ROUNDS:
-        slots = tl.arange(0, ROUND_SLOTS)
-        found = tl.full([BLOCK_R, ROUND_SLOTS], BLOCK_C, tl.int32)  # [R, S] the columns, best first
-        for number in range(k):
-            row_best = tl.max(key, 1)
-            first = tl.min(tl.where(key == row_best[:, None], columns[None, :], BLOCK_C), 1)
-            key = tl.where(columns[None, :] == first[:, None], -2, key)
-            found = tl.where(slots[None, :] == number, first[:, None], found)
-        place = tl.sum((found[:, :, None] > found[:, None, :]).to(tl.int32), 2)  # [R, S] in ascending order
-        tl.store(columns_ptr + rows[:, None] * k + place, found, mask=(rows < O)[:, None] & (slots < k)[None, :])
-    else:
-        low = tl.zeros([BLOCK_R], tl.int32)  # at least k keys are >= low
-        high = tl.max(key, 1) + 1  # fewer than k keys are >= high
-        while tl.max(high - low, 0) > 1:
-            middle = low + (high - low) // 2
-            count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
-            high = tl.where(count > k, high, tl.where(count == k, middle + 1, middle))
-            low = tl.where(count >= k, middle, low)
-        chosen = key >= low[:, None]
-        surplus = tl.sum(chosen.to(tl.int32), 1) - k  # [R] more than k only where keys equal to the threshold are left over
-        if tl.max(surplus, 0) > 0:
-            tied = key == low[:, None]
-            wanted = tl.sum(tied.to(tl.int32), 1) - surplus
-            chosen = chosen & ((tl.cumsum(tied.to(tl.int32), 1) <= wanted[:, None]) | (key > low[:, None]))
-        place = tl.cumsum(chosen.to(tl.int32), 1) - 1  # [R, C]
-        tl.store(columns_ptr + rows[:, None] * k + place, columns[None, :] + tl.zeros_like(place), mask=chosen & inside)
+    if SHARED:
+        a = shared_factors(a_ptr, first_row, columns, C, rows_per_group)
+    for turn in range(TURNS):
+        rows = first_row + turn * BLOCK_R + tl.arange(0, BLOCK_R)  # [R]
+        inside = (rows < O)[:, None] & (columns < C)[None, :]
+        w = tl.load(W_ptr + rows[:, None] * stride_o + columns.to(tl.int64)[None, :] * stride_c, mask=inside, other=0.0)
+        if SHARED:
+            score = score_key(w, a)
+        else:
+            score = score_key(w, factors_by_row(a_ptr, rows, columns, O, C, rows_per_group))
+        key = tl.where(inside, score, -1)  # [R, C]
+        if BY_ROUNDS:
+            _store_by_rounds(columns_ptr, key, rows, columns, O, k, BLOCK_R, BLOCK_C)
+        else:
+            _store_by_bisection(columns_ptr, key, rows, columns, inside, k, BLOCK_R, BLOCK_C)
+
+
+@triton.jit
+def _store_by_rounds(columns_ptr, key, rows, columns, O, k, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The columns of the ``k`` largest keys of each row ``[R, C]``, at most :data:`ROUND_SLOTS`, one after the other."""
+    slots = tl.arange(0, ROUND_SLOTS)
+    found = tl.full([BLOCK_R, ROUND_SLOTS], BLOCK_C, tl.int32)  # [R, S] the columns, best first
+    for number in range(k):
+        row_best = tl.max(key, 1)
+        first = tl.min(tl.where(key == row_best[:, None], columns[None, :], BLOCK_C), 1)
+        key = tl.where(columns[None, :] == first[:, None], -2, key)
+        found = tl.where(slots[None, :] == number, first[:, None], found)
+    place = tl.sum((found[:, :, None] > found[:, None, :]).to(tl.int32), 2)  # [R, S] in ascending order
+    tl.store(columns_ptr + rows[:, None] * k + place, found, mask=(rows < O)[:, None] & (slots < k)[None, :])
+
+
+@triton.jit
+def _store_by_bisection(columns_ptr, key, rows, columns, inside, k, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The columns of the ``k`` largest keys of each row ``[R, C]``."""
+    low = tl.zeros([BLOCK_R], tl.int32)  # at least k keys are >= low
+    high = tl.max(key, 1) + 1  # fewer than k keys are >= high
+    while tl.max(high - low, 0) > 1:
+        middle = low + (high - low) // 2
+        count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+        high = tl.where(count > k, high, tl.where(count == k, middle + 1, middle))
+        low = tl.where(count >= k, middle, low)
+    wanted = k - tl.sum((key > low[:, None]).to(tl.int32), 1)  # [R] of the keys equal to the threshold, the first ones
+    bound = tl.full([BLOCK_R], BLOCK_C, tl.int32)  # those left of it
+    if tl.max(tl.sum((key == low[:, None]).to(tl.int32), 1) - wanted, 0) > 0:
+        before = tl.zeros([BLOCK_R], tl.int32)  # fewer than wanted lie left of it
+        while tl.max(bound - before, 0) > 1:
+            middle = (before + bound) // 2
+            count = tl.sum(((key == low[:, None]) & (columns[None, :] < middle[:, None])).to(tl.int32), 1)
+            bound = tl.where(count >= wanted, middle, bound)
+            before = tl.where(count >= wanted, before, middle)
+    chosen = (key > low[:, None]) | ((key == low[:, None]) & (columns[None, :] < bound[:, None]))
+    place = tl.cumsum(chosen.to(tl.int32), 1) - 1  # [R, C]
+    tl.store(columns_ptr + rows[:, None] * k + place, columns[None, :] + tl.zeros_like(place), mask=chosen & inside)
 
 
 @triton.jit
@@ -192,6 +251,20 @@ def _row_keys(W_row_ptr, a_row_ptr, start, C, stride_c, BLOCK_C: tl.constexpr):
     w = tl.load(W_row_ptr + columns.to(tl.int64) * stride_c, mask=columns < C, other=0.0)
     a = tl.load(a_row_ptr + columns, mask=columns < C, other=0.0)
     return tl.where(columns < C, score_key(w, a), -1), columns
+
+
+@triton.jit
+def _next_digit(
+    W_row_ptr, a_row_ptr, C, stride_c, prefix, rank, SHIFT: tl.constexpr, BITS: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """One more digit of a row's ``rank``-th largest key of those that begin with ``prefix``, and the rank that is left."""
+    counts = tl.zeros([1 << BITS], tl.int32)
+    for start in range(0, C, BLOCK_C):
+        key, columns = _row_keys(W_row_ptr, a_row_ptr, start, C, stride_c, BLOCK_C)
+        candidate = (columns < C) & (key >> (SHIFT + BITS) == prefix)
+        counts += occurrences((key >> SHIFT) & ((1 << BITS) - 1), candidate, 1 << BITS)
+    digit, rank = digit_of_rank(counts, rank, 1 << BITS)
+    return (prefix << BITS) + digit, rank
 
 
 @triton.jit(do_not_specialize=["k"])
@@ -206,27 +279,14 @@ def _select_by_passes(
     k,
     BLOCK_C: tl.constexpr,
 ):
-    """``reference.score_topk`` for rows of any length, one per program: the bisection of :func:`_select_in_registers` with
-    the keys computed again in every step. Must move: ``W`` once; the other passes over a row hit the caches."""
+    """``reference.score_topk`` for rows of any length, one per program: the key of the k-th largest digit by digit, then all
+    that reach it. Must move: ``W`` once; the three other passes over a row hit the caches."""
     row = tl.program_id(0).to(tl.int64)
     W_row_ptr = W_ptr + row * stride_o
     a_row_ptr = a_ptr + (row // rows_per_group) * C
-    low = 0  # at least k keys are >= low
-    high = 0x7F800002  # fewer than k keys are >= high: above the key of NaN
-    while high - low > 1:
-        middle = low + (high - low) // 2
-        counts = tl.zeros([BLOCK_C], tl.int32)
-        for start in range(0, C, BLOCK_C):
-            key, columns = _row_keys(W_row_ptr, a_row_ptr, start, C, stride_c, BLOCK_C)
-            counts += (key >= middle).to(tl.int32)
-        count = tl.sum(counts, 0)
-        high = tl.where(count > k, high, tl.where(count == k, middle + 1, middle))
-        low = tl.where(count >= k, middle, low)
-    counts = tl.zeros([BLOCK_C], tl.int32)
-    for start in range(0, C, BLOCK_C):
-        key, columns = _row_keys(W_row_ptr, a_row_ptr, start, C, stride_c, BLOCK_C)
-        counts += (key > low).to(tl.int32)
-    wanted = k - tl.sum(counts, 0)
+    low, wanted = _next_digit(W_row_ptr, a_row_ptr, C, stride_c, 0, k, 20, 11, BLOCK_C)
+    low, wanted = _next_digit(W_row_ptr, a_row_ptr, C, stride_c, low, wanted, 10, 10, BLOCK_C)
+    low, wanted = _next_digit(W_row_ptr, a_row_ptr, C, stride_c, low, wanted, 0, 10, BLOCK_C)
     filled = 0
     for start in range(0, C, BLOCK_C):
         key, columns = _row_keys(W_row_ptr, a_row_ptr, start, C, stride_c, BLOCK_C)
