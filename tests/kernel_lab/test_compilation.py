@@ -20,7 +20,7 @@ MULTIPLYING = {"_product"}
 # Kernels that stream a matrix; the others read a few partial sums or gather.
 STREAMING = {
     "_partial_norms",
-    "_partial_conv_norms",
+    "_pixel_sums",
     "_argmax",
     "_select_in_registers",
     "_select_by_passes",
@@ -29,7 +29,7 @@ STREAMING = {
     "_fill_rows",
     "_product",
 }
-SCORING = STREAMING - {"_partial_norms", "_partial_conv_norms", "_product"}
+SCORING = STREAMING - {"_partial_norms", "_pixel_sums", "_product"}
 
 
 @pytest.mark.parametrize("target", list(compilation.TARGETS))
@@ -49,8 +49,7 @@ def test_compiles_well(name, target):
         assert needs.registers <= 255, launch.name
         # Two results in different orders must never meet: a mask would fall on other elements than its own.
         assert needs.reorderings <= 1, launch.name
-        # A wavefront of 64 spreads a convolution's small tile so thin that a lane has less than 16 bytes of it.
-        if case.wide and launch.name in STREAMING and not (target == "gfx942" and launch.name == "_partial_conv_norms"):
+        if case.wide and launch.name in STREAMING:
             assert needs.wide_loads, launch.name
         if target != "gfx942":
             check_arithmetic(launch.name, needs.assembly)

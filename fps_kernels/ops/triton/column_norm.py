@@ -93,6 +93,15 @@ def accumulate(part, x, ORD: tl.constexpr):
 
 
 @triton.jit
+def larger(acc, found):
+    """The larger of two float64 numbers, NaN if either is.
+
+    Written out because `max` of float64 drops NaN on some targets; a NaN in ``acc`` loses no comparison and stays.
+    """
+    return tl.where((found > acc) | (found != found), found, acc)
+
+
+@triton.jit
 def _partial_norms(
     x_ptr,
     partials_ptr,
@@ -176,9 +185,7 @@ def _add_partials(
             total += tl.sum(part, 0)
     acc = tl.load(acc_ptr + columns, mask=inside, other=0.0)
     if ORD == 0:
-        found = largest.to(tl.float64, bitcast=True)
-        # Written out because `max` of float64 drops NaN on some targets; a NaN in acc loses no comparison and stays.
-        result = tl.where((found > acc) | (found != found), found, acc)
+        result = larger(acc, largest.to(tl.float64, bitcast=True))
     else:
         result = acc + total
     tl.store(acc_ptr + columns, result, mask=inside)
