@@ -49,7 +49,8 @@ def test_compiles_well(name, target):
         assert needs.registers <= 255, launch.name
         # Two results in different orders must never meet: a mask would fall on other elements than its own.
         assert needs.reorderings <= 1, launch.name
-        if case.wide and launch.name in STREAMING:
+        # A program of four wavefronts of 64 has less than 16 bytes a lane of what is a tile for four warps.
+        if case.wide and launch.name in STREAMING and not (target == "gfx942" and launch.name == "_pixel_sums"):
             assert needs.wide_loads, launch.name
         if target != "gfx942":
             check_arithmetic(launch.name, needs.assembly)

@@ -9,7 +9,7 @@ from fps_kernels.ops.records import Agreement
 from fps_kernels.ops.triton.floats import bfloat16_bits
 from fps_kernels.ops.triton.launching import Compiled, launch
 from fps_kernels.ops.triton.tables import block_map, device_table
-from fps_kernels.ops.triton.updates import BLOCK, entry_fields, program_blocks, rows_of, store_any
+from fps_kernels.ops.triton.updates import BLOCK, entry_fields, one_by_one, program_blocks, rows_of, store_any
 
 FIELDS = tl.constexpr(11)
 
@@ -50,7 +50,7 @@ def _agree_values(table_ptr, map_ptr, first, BLOCK: tl.constexpr):
     values_ptr = tl.load(fields + 9).to(tl.pointer_type(tl.float32))
     agreed_ptr = tl.load(fields + 10).to(tl.pointer_type(tl.float32))
 
-    entries = (block & 0xFFFFFFFF) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
+    entries = (block & 0xFFFFFFFF) * BLOCK + one_by_one(BLOCK)  # [BLOCK] int64
     inside = entries < tl.load(fields + 4)
     rows = rows_of(row_offsets_ptr, entries, tl.load(fields + 3), tl.load(fields + 8))
     columns = tl.load(columns_ptr + entries, mask=inside, other=0).to(tl.int64)

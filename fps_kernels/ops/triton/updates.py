@@ -156,6 +156,17 @@ def _log(beta: float) -> float:
 
 
 @triton.jit
+def one_by_one(BLOCK: tl.constexpr):
+    """``0 .. BLOCK - 1``, neighbours in neighbouring threads.
+
+    Where Triton knows that numbers follow one another, it gives a thread four of them, to load by 16 bytes. Masked by a
+    number of entries that may end anywhere it loads them one after the other all the same, each time a quarter of the
+    sectors' bytes. So it is told that no two follow one another.
+    """
+    return tl.max_contiguous(tl.arange(0, BLOCK), 1)
+
+
+@triton.jit
 def rows_of(row_offsets_ptr, entries, O, search_steps):
     """The row of each entry ``[BLOCK]``: the last whose offset does not exceed the entry, so empty rows drop out."""
     entries = entries.to(tl.int32)  # what wraps around lies past the last entry, and is masked
@@ -247,7 +258,7 @@ def _masked_adamw(
     root_correction = tl.sqrt(bias_correction2).to(tl.float32)
     step_size = (-lr / bias_correction1).to(tl.float32)
 
-    entries = (block & 0xFFFFFFFF) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int64
+    entries = (block & 0xFFFFFFFF) * BLOCK + one_by_one(BLOCK)  # [BLOCK] int64
     nnz = tl.load(fields + 4)
     programs = tl.maximum((nnz + BLOCK - 1) // BLOCK, 1)
     exists = entries < nnz
@@ -325,7 +336,7 @@ def _scatter_values(
     BLOCK: tl.constexpr,
 ):
     """``reference.scatter_values_``. Must move, per entry: its column, its value, and the sector of ``W`` it goes to."""
-    entries = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    entries = tl.program_id(0).to(tl.int64) * BLOCK + one_by_one(BLOCK)  # [BLOCK]
     inside = entries < nnz
     rows = rows_of(row_offsets_ptr, entries, O, search_steps)
     columns = tl.load(columns_ptr + entries, mask=inside, other=0).to(tl.int64)
