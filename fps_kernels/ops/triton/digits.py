@@ -1,12 +1,16 @@
-"""Digits of keys: how the k-th largest of many is found by counting, in three passes."""
+"""Digits of keys: how the k-th largest of many is found by counting, in a few passes."""
 
 import triton
 import triton.language as tl
 
-# The 31 bits of a key in three digits. `tl.histogram` is one shared-memory atomic per entry, however many bins there are;
-# wider digits would save no pass and make flushing the counters dearer.
-SHIFTS = (20, 10, 0)
-BITS = (11, 10, 10)
+# Since Triton 3.8 `tl.histogram` is one shared-memory atomic per entry, however many bins there are: three digits, few
+# passes. Before, each warp counted all bins in its registers, a thread `bins / 32` of them for every entry: four digits.
+_IN_REGISTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
+KEY_BITS = 31
+FIRST_BITS, NEXT_BITS = (7, 8) if _IN_REGISTERS else (11, 10)
+NEXT_DIGITS = (KEY_BITS - FIRST_BITS) // NEXT_BITS
+BITS = (FIRST_BITS, *(NEXT_BITS,) * NEXT_DIGITS)
+SHIFTS = tuple(sum(BITS[number + 1 :]) for number in range(len(BITS)))
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from fps_kernels.ops.records import Csr, Recomputed
 from fps_kernels.ops.triton.floats import to_float32
 from fps_kernels.ops.triton.launching import Plans, alignment, launch
 from fps_kernels.ops.triton.splits import Plan, finish
-from fps_kernels.ops.triton.target import target_of
+from fps_kernels.ops.triton.target import register_limit, target_of
 from fps_kernels.ops.triton.updates import rows_of
 
 MOST_SPLITS = 64  # float32 partial sums per entry
@@ -30,7 +30,7 @@ GATHER_PROGRAMS = 1056
 # What is multiplied as it is ("ieee") is rounded once a row: 128 rows lose at most 7.6e-6.
 MOST_ROWS = {"short": 512, "tf32x3": 512, "ieee": 128}
 GATHER_ENTRIES = 128
-GATHER_ROWS = 16
+GATHER_ROWS = 8
 # Calculated from the data sheets of an A100 and an H100 (80 GB SXM), geometric means of both; nothing was measured.
 # A multiplication in a tile: 2 FLOP at half the dense rate (312 and 989 TFLOP/s of bfloat16, a sixth of it in three tf32s).
 # A gathered one: a lane of a load that takes four cycles for 32 lanes on each SM (108 at 1.41 GHz, 132 at 1.755 GHz). That
@@ -196,7 +196,7 @@ def launch_gather(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor, s
     """By gathering."""
     (M, O), nnz = gy.shape, columns.numel()
     blocks = triton.cdiv(len(sums), GATHER_ENTRIES)
-    rows = rows_per_split(M, blocks, GATHER_PROGRAMS, GATHER_ROWS)
+    rows = rows_per_split(M, blocks, GATHER_PROGRAMS, 2 * GATHER_ROWS)
     splits = triton.cdiv(M, rows)
     partials = sums if splits == 1 else torch.empty(splits, len(sums), dtype=torch.float32, device=gy.device)
     grid, numbers = (blocks, splits, 1), (M, O, nnz, *gy.stride(), *x.stride(), rows, O.bit_length())
@@ -213,6 +213,7 @@ def launch_gather(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor, s
         BLOCK_M=GATHER_ROWS,
         BLOCK_E=GATHER_ENTRIES,
         num_warps=4,
+        **register_limit(gy.device, 128),
     )
     return finish(compiled, grid, numbers, partials, sums)
 
@@ -339,7 +340,7 @@ def _gather(
     """Stage 1 of ``reference.sampled_grad`` by gathering, for few entries.
 
     Must move: ``gy`` once, or its sectors that hold entries; of ``x`` at most a sector for each entry and row, from the L2
-    cache where the L1 cache does not hold it. In float32 a thread adds 32 products in turn, then a tree adds 16: at most 37
+    cache where the L1 cache does not hold it. In float32 a thread adds 32 products in turn, then a tree adds 8: at most 36
     roundings, relative error below 2.3e-6. With ``BIAS`` there is one more entry for each output, multiplied by ones.
     """
     entries = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)  # [BE]

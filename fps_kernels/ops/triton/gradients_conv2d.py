@@ -95,7 +95,7 @@ def launch_gather_windows(
         BLOCK_Q=block_q,
         BLOCK_E=block_e,
         num_warps=4,
-        **register_limit(gy.device, 128),
+        **register_limit(gy.device, 192),
     )
     return finish(compiled, (blocks, splits, 1), numbers, partials, grad)
 

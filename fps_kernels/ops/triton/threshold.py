@@ -56,7 +56,7 @@ def _kind(W: Tensor, a: Tensor) -> _Kind:
 
 
 def launch_radix_passes(weights: list[Tensor], factors: list[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Three passes, each followed by the choice of its digit on the device: only counts and two numbers of state exist."""
+    """A pass for each digit, followed by its choice on the device: only counts and two numbers of state exist."""
     device, n = weights[0].device, len(weights)
     kinds: dict[_Kind, list[int]] = {}
     table: list[int] = []
@@ -100,8 +100,8 @@ def launch_radix_passes(weights: list[Tensor], factors: list[Tensor], k: int) ->
                 SHARED=kind.shared,
                 BLOCK_R=kind.tile[0],
                 BLOCK_C=kind.tile[1],
-                num_warps=4,
-                **register_limit(device, 168),
+                num_warps=8 if kind.tile[0] * kind.tile[1] > 2048 else 4,
+                **register_limit(device, 255),
             )
         _choose_digit[(1,)](
             histogram, state, k, n if last else 1, FIRST=first, BITS=bits, BLOCK_N=8 if last else 1, num_warps=8
@@ -122,7 +122,7 @@ def launch_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) 
     grid = (triton.cdiv(O, block_r),)
     matrix = (W, a, threshold, O, C, W.stride(0), W.stride(1), O // a.shape[0])
     shared = share_factors(W, a, block_r)
-    limit = register_limit(W.device, 168)
+    limit = register_limit(W.device, 255)
     _count_rows[grid](*matrix, counts, SHARED=shared, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4, **limit)
     _offsets[(1,)](counts, row_offsets, ties_before, O, ties, BLOCK=1024, num_warps=4)
     if nnz:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fps_kernels.ops.triton.digits import digit_of_rank, occurrences
+from fps_kernels.ops.triton.digits import FIRST_BITS, NEXT_BITS, NEXT_DIGITS, digit_of_rank, occurrences
 from fps_kernels.ops.triton.factors import factors_by_row, share_factors, shared_factors
 from fps_kernels.ops.triton.floats import score_key
 from fps_kernels.ops.triton.target import register_limit, target_of
@@ -121,6 +121,9 @@ def launch_select_by_passes(W: Tensor, a: Tensor, columns: Tensor) -> None:
         W.stride(1),
         O // a.shape[0],
         columns.shape[1],
+        FIRST_BITS=FIRST_BITS,
+        NEXT_BITS=NEXT_BITS,
+        NEXT_DIGITS=NEXT_DIGITS,
         BLOCK_C=4096,
         num_warps=8,
     )
@@ -277,16 +280,22 @@ def _select_by_passes(
     stride_c,
     rows_per_group,
     k,
+    FIRST_BITS: tl.constexpr,
+    NEXT_BITS: tl.constexpr,
+    NEXT_DIGITS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """``reference.score_topk`` for rows of any length, one per program: the key of the k-th largest digit by digit, then all
-    that reach it. Must move: ``W`` once; the three other passes over a row hit the caches."""
+    that reach it. Must move: ``W`` once; the other passes over a row hit the caches."""
     row = tl.program_id(0).to(tl.int64)
     W_row_ptr = W_ptr + row * stride_o
     a_row_ptr = a_ptr + (row // rows_per_group) * C
-    low, wanted = _next_digit(W_row_ptr, a_row_ptr, C, stride_c, 0, k, 20, 11, BLOCK_C)
-    low, wanted = _next_digit(W_row_ptr, a_row_ptr, C, stride_c, low, wanted, 10, 10, BLOCK_C)
-    low, wanted = _next_digit(W_row_ptr, a_row_ptr, C, stride_c, low, wanted, 0, 10, BLOCK_C)
+    SHIFT: tl.constexpr = NEXT_DIGITS * NEXT_BITS
+    low, wanted = _next_digit(W_row_ptr, a_row_ptr, C, stride_c, 0, k, SHIFT, FIRST_BITS, BLOCK_C)
+    for number in tl.static_range(1, NEXT_DIGITS + 1):
+        low, wanted = _next_digit(
+            W_row_ptr, a_row_ptr, C, stride_c, low, wanted, SHIFT - number * NEXT_BITS, NEXT_BITS, BLOCK_C
+        )
     filled = 0
     for start in range(0, C, BLOCK_C):
         key, columns = _row_keys(W_row_ptr, a_row_ptr, start, C, stride_c, BLOCK_C)
