@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 export FPS_REQUIRE_NATIVE ?= 1
 
-.PHONY: demo test test-suite test-oldest soak fuzz compare lint bench bench-full setup clean
+.PHONY: demo test test-suite test-oldest soak every-launch fuzz compare lint bench bench-full setup clean
 
 setup: $(SETUP)
 
@@ -41,6 +41,13 @@ soak: $(SETUP)
 		FPS_TEST_SEED=fresh $(BIN)/pytest -q -n 2 $(SOAKED) || exit 1; \
 		FPS_TEST_SEED=fresh TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 tests/ops || exit 1; \
 	done
+
+# The interpreter checks no types: every kind of launch that it was asked for, and hundreds of random ones, are compiled.
+RANDOM ?= 300
+every-launch: $(SETUP)
+	rm -rf build/launches && mkdir -p build/launches
+	TRITON_INTERPRET=1 FPS_LAUNCHES=$(CURDIR)/build/launches/noted $(BIN)/pytest -q -n 2 -p kernel_lab.noting tests/ops
+	$(BIN)/python -m kernel_lab.every_launch build/launches/noted.* --random $(RANDOM) --seed $(shell date +%j)000
 
 # Delta and selection files full of lies, by coverage. What was found interesting is kept for the next time.
 SECONDS ?= 60

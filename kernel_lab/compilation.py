@@ -137,9 +137,8 @@ def _recording(target: str, launches: list[Launch]) -> Iterator[None]:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return partial(self.launch, grid)
 
-        def launch(self, grid: tuple[int, ...], *positional: Any, num_warps: int, **named: Any) -> None:
-            options: dict[str, int] = {name: named.pop(name) for name in ("num_stages", "maxnreg", "enable_fp_fusion") if name in named}
-            launches.append(_specialised(target, self.kernel, grid, num_warps, options, positional, named))
+        def launch(self, grid: tuple[int, ...], *positional: Any, **named: Any) -> None:
+            launches.append(specialised(target, self.kernel, grid, positional, named))
 
     kernels = [
         (family, name, value)
@@ -156,15 +155,11 @@ def _recording(target: str, launches: list[Launch]) -> Iterator[None]:
             setattr(family, name, kernel)
 
 
-def _specialised(
-    target: str,
-    kernel: Any,
-    grid: tuple[int, ...],
-    num_warps: int,
-    options: dict[str, int],
-    positional: tuple[Any, ...],
-    named: dict[str, Any],
+def specialised(
+    target: str, kernel: Any, grid: tuple[int, ...], positional: tuple[Any, ...], named: dict[str, Any]
 ) -> Launch:
+    """The launch ``kernel[grid](*positional, **named)``, ``named`` with the compiler's options."""
+    options = {name: named[name] for name in ("num_stages", "maxnreg", "enable_fp_fusion") if name in named}
     values = dict(zip(kernel.arg_names, positional, strict=False)) | named
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -186,7 +181,7 @@ def _specialised(
         target,
         kernel,
         grid,
-        num_warps,
+        named["num_warps"],
         tuple(options.items()),
         tuple(signature.items()),
         tuple(constants.items()),
@@ -196,11 +191,21 @@ def _specialised(
 
 def resources(launch: Launch) -> Resources:
     """Compile the kernel of a launch, and read what one program of it takes."""
-    return _resources(replace(launch, grid=()))
+    return _resources(without_grid(launch))
+
+
+def without_grid(launch: Launch) -> Launch:
+    """The same for all grids: launches that are compiled alike are equal then."""
+    return replace(launch, grid=())
 
 
 @cache
 def _resources(launch: Launch) -> Resources:
+    return _read(compiled(launch), launch.target)
+
+
+def compiled(launch: Launch) -> Any:
+    """What Triton makes of the kernel of a launch."""
     names = launch.kernel.arg_names
     source = ASTSource(
         launch.kernel,
@@ -209,7 +214,7 @@ def _resources(launch: Launch) -> Resources:
         {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
     )
     options = {"num_warps": launch.num_warps, **dict(launch.options)}
-    return _read(triton.compile(source, target=TARGETS[launch.target], options=options), launch.target)
+    return triton.compile(source, target=TARGETS[launch.target], options=options)
 
 
 def _read(compiled: Any, target: str) -> Resources:

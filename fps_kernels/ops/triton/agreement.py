@@ -9,6 +9,7 @@ from fps_kernels.ops.records import Agreement
 from fps_kernels.ops.triton.floats import bfloat16_bits
 from fps_kernels.ops.triton.launching import Compiled, launch
 from fps_kernels.ops.triton.tables import block_map, device_table
+from fps_kernels.ops.triton.target import AS_WRITTEN
 from fps_kernels.ops.triton.updates import BLOCK, entry_fields, one_by_one, program_blocks, rows_of, store_any
 
 FIELDS = tl.constexpr(11)
@@ -32,7 +33,9 @@ def agreement_fields(agreement: Agreement) -> tuple[int, ...]:
 
 def launch_agree_values(table: Tensor, map_: Tensor, first: int, programs: int) -> Compiled | None:
     """Those programs of the map, from the first on."""
-    return launch(_agree_values, (programs,), table, map_, first, BLOCK=BLOCK, num_warps=4) if programs else None
+    return (
+        launch(_agree_values, (programs,), table, map_, first, BLOCK=BLOCK, num_warps=4, **AS_WRITTEN) if programs else None
+    )
 
 
 @triton.jit(do_not_specialize=["first"])

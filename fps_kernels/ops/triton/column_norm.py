@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fps_kernels.ops.triton.floats import magnitude_bits, to_float32
+from fps_kernels.ops.triton.target import AS_WRITTEN
 
 # About four programs for each of an H100's 132 SMs: enough loads in flight to saturate the memory, and few enough
 # partial sums that writing them and reading them back stays below a few per cent of reading x.
@@ -50,7 +51,7 @@ def launch_partial_norms(x: Tensor, ord: float) -> Tensor:
         BLOCK_M=block_m,
         BLOCK_C=BLOCK_C,
         num_warps=8,
-        enable_fp_fusion=False,
+        **AS_WRITTEN,
     )
     return partials
 
@@ -67,6 +68,7 @@ def launch_add_partials(partials: Tensor, acc: Tensor, ord: float) -> None:
         BLOCK_S=min(128, triton.next_power_of_2(splits)),
         BLOCK_C=PARTIALS_BLOCK_C,
         num_warps=4,
+        **AS_WRITTEN,
     )
 
 
@@ -80,9 +82,6 @@ def accumulate(part, x, ORD: tl.constexpr):
     """One more tile of ``x`` into a float32 tile of sums, or (``ORD`` 0) into an int32 tile of the largest magnitudes.
 
     Maxima are taken over the bits: as integers they are exact, and NaN, being above infinity, wins without a comparison.
-    Squares are added by an explicit FMA, and launches turn off the compiler's own (``enable_fp_fusion=False``): where lanes
-    add each other's sums, it would put a product into one lane's addition and a rounded product into the other's, so that
-    the same sum had two roundings.
     """
     if ORD == 0:
         return tl.maximum(part, magnitude_bits(x))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fps_kernels.ops.records import Convolution
 from fps_kernels.ops.triton.column_norm import TARGET_PROGRAMS, accumulate, larger, ord_code
+from fps_kernels.ops.triton.target import AS_WRITTEN
 
 BLOCK_PIXELS = 1024  # 16 bytes of bfloat16 for each thread
 IMAGES = 8  # whose loads are on their way at the same time
@@ -52,9 +53,9 @@ def launch_column_norm_conv2d(x: Tensor, acc: Tensor, convolution: Convolution, 
 
 def _images_per_split(B: int, pixels: int) -> int:
     """How many images a program adds up: so few that the GPU is filled, but some loads for each thread."""
-    wanted = triton.cdiv(TARGET_PROGRAMS, triton.cdiv(pixels, BLOCK_PIXELS))
-    images = min(MOST_IMAGES, triton.cdiv(B, wanted))
-    return IMAGES * triton.cdiv(images, IMAGES)
+    wanted = -(-TARGET_PROGRAMS // -(-pixels // BLOCK_PIXELS))
+    images = min(MOST_IMAGES, -(-B // wanted))
+    return IMAGES * -(-images // IMAGES)
 
 
 def launch_pixel_sums(x: Tensor, images_per_split: int, ord: float) -> Tensor:
@@ -76,7 +77,7 @@ def launch_pixel_sums(x: Tensor, images_per_split: int, ord: float) -> Tensor:
         IMAGES=min(IMAGES, triton.next_power_of_2(B)),
         BLOCK=BLOCK_PIXELS,
         num_warps=4,
-        enable_fp_fusion=False,
+        **AS_WRITTEN,
     )
     return sums
 
@@ -104,6 +105,7 @@ def launch_line_sums(sums: Tensor, lines: Tensor, first: int, convolution: Convo
         UNROLLED=UNROLLED,
         BLOCK=block,
         num_warps=1,
+        **AS_WRITTEN,
     )
 
 
@@ -134,6 +136,7 @@ def launch_window_sums(
         UNROLLED=UNROLLED,
         BLOCK=block,
         num_warps=1,
+        **AS_WRITTEN,
     )
 
 

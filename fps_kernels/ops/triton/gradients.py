@@ -17,7 +17,7 @@ from fps_kernels.ops.records import Csr, Recomputed
 from fps_kernels.ops.triton.floats import to_float32
 from fps_kernels.ops.triton.launching import Plans, alignment, launch
 from fps_kernels.ops.triton.splits import Plan, finish
-from fps_kernels.ops.triton.target import register_limit, target_of
+from fps_kernels.ops.triton.target import AS_WRITTEN, register_limit, target_of
 from fps_kernels.ops.triton.updates import rows_of
 
 MOST_SPLITS = 64  # float32 partial sums per entry
@@ -187,6 +187,7 @@ def launch_product(
         BLOCK_O=block_o,
         BLOCK_C=block_c,
         num_warps=8,
+        **AS_WRITTEN,
         num_stages=3 if short else 2,
     )
     return finish(compiled, grid, numbers, partials, sums, add)
@@ -213,6 +214,7 @@ def launch_gather(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor, s
         BLOCK_M=GATHER_ROWS,
         BLOCK_E=GATHER_ENTRIES,
         num_warps=4,
+        **AS_WRITTEN,
         **register_limit(gy.device, 128),
     )
     return finish(compiled, grid, numbers, partials, sums)
@@ -366,6 +368,6 @@ def _gather(
             gy = tl.load(gy_column_ptr[None, :] + m[:, None] * gy_stride_m, mask=mask, other=0.0)  # [BM, BE]
             mask &= chosen[None, :]
             x = tl.load(x_column_ptr[None, :] + m[:, None] * x_stride_m, mask=mask, other=1.0)  # [BM, BE]
-            part += to_float32(gy) * to_float32(x)
+            part = tl.fma(to_float32(gy), to_float32(x), part)
         total += tl.sum(part, 0).to(tl.float64)
     tl.store(partials_ptr + split * results + entries, total.to(tl.float32), mask=inside)

@@ -10,7 +10,7 @@ from fps_kernels.ops.triton.floats import to_float32
 from fps_kernels.ops.triton.gradients import GATHER_PROGRAMS, rows_per_split
 from fps_kernels.ops.triton.launching import Plans, alignment, launch
 from fps_kernels.ops.triton.splits import Plan, finish
-from fps_kernels.ops.triton.target import register_limit
+from fps_kernels.ops.triton.target import AS_WRITTEN, register_limit
 from fps_kernels.ops.triton.updates import rows_of
 
 TILE = 1024
@@ -95,6 +95,7 @@ def launch_gather_windows(
         BLOCK_Q=block_q,
         BLOCK_E=block_e,
         num_warps=4,
+        **AS_WRITTEN,
         **register_limit(gy.device, 192),
     )
     return finish(compiled, (blocks, splits, 1), numbers, partials, grad)
@@ -190,7 +191,7 @@ def _gather_windows(
                 x_position = b * x_stride_b + h.to(tl.int64) * x_stride_h + w.to(tl.int64) * x_stride_w
                 gy = tl.load(gy_entry_ptr + gy_position, mask=mask, other=0.0)
                 x = tl.load(x_entry_ptr + x_position, mask=mask, other=0.0)
-                part += to_float32(gy) * to_float32(x)
+                part = tl.fma(to_float32(gy), to_float32(x), part)
             total += tl.sum(part, AXIS).to(tl.float64)
     entries = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     tl.store(partials_ptr + split * nnz + entries, total.to(tl.float32), mask=entries < nnz)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fps_kernels.ops.triton.launching import Compiled, Grid, launch
+from fps_kernels.ops.triton.target import AS_WRITTEN
 
 ADDED_ENTRIES = 64
 
@@ -61,6 +62,7 @@ def launch_add_splits(partials: Tensor, sums: Tensor, add: bool = False) -> Comp
         BLOCK_S=16,
         BLOCK_E=ADDED_ENTRIES,
         num_warps=4,
+        **AS_WRITTEN,
     )
 
 

@@ -8,6 +8,11 @@ import torch
 
 from fps_kernels.ops._dispatch import interpreted
 
+# Each rounding is the one that is written, with every version of Triton and in the interpreter. Left to itself, the compiler
+# may put a product into the addition that follows: where two lanes add each other's products, it did so in one of them
+# and rounded the other's first, so that the same sum had two roundings. Where an FMA is wanted, it is `tl.fma`.
+AS_WRITTEN = {"enable_fp_fusion": False}
+
 _assumed: list[str] = []
 
 

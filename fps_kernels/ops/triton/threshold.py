@@ -15,7 +15,7 @@ from fps_kernels.ops.triton.digits import BITS, SHIFTS, digit_of_rank, occurrenc
 from fps_kernels.ops.triton.factors import factors_by_row, share_factors, shared_factors
 from fps_kernels.ops.triton.floats import NAN_KEY, canonical_key, score_key
 from fps_kernels.ops.triton.tables import block_map, device_table
-from fps_kernels.ops.triton.target import register_limit
+from fps_kernels.ops.triton.target import AS_WRITTEN, register_limit
 
 # Many entries per program make flushing its counters cheap; few keep all SMs busy where there is one small tensor.
 LEAST_ENTRIES, MOST_ENTRIES = 4096, 65536
@@ -101,12 +101,21 @@ def launch_radix_passes(weights: list[Tensor], factors: list[Tensor], k: int) ->
                 BLOCK_R=kind.tile[0],
                 BLOCK_C=kind.tile[1],
                 num_warps=8 if kind.tile[0] * kind.tile[1] > 2048 else 4,
+                **AS_WRITTEN,
                 **register_limit(device, 255),
             )
         _choose_digit[(1,)](
-            histogram, state, k, n if last else 1, FIRST=first, BITS=bits, BLOCK_N=8 if last else 1, num_warps=8
+            histogram,
+            state,
+            k,
+            n if last else 1,
+            FIRST=first,
+            BITS=bits,
+            BLOCK_N=8 if last else 1,
+            num_warps=8,
+            **AS_WRITTEN,
         )
-    _counts[(n,)](own, state, threshold, greater, equal, BITS=BITS[-1], num_warps=4)
+    _counts[(n,)](own, state, threshold, greater, equal, BITS=BITS[-1], num_warps=4, **AS_WRITTEN)
     return threshold, greater, equal
 
 
@@ -123,8 +132,8 @@ def launch_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) 
     matrix = (W, a, threshold, O, C, W.stride(0), W.stride(1), O // a.shape[0])
     shared = share_factors(W, a, block_r)
     limit = register_limit(W.device, 255)
-    _count_rows[grid](*matrix, counts, SHARED=shared, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4, **limit)
-    _offsets[(1,)](counts, row_offsets, ties_before, O, ties, BLOCK=1024, num_warps=4)
+    _count_rows[grid](*matrix, counts, SHARED=shared, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4, **limit, **AS_WRITTEN)
+    _offsets[(1,)](counts, row_offsets, ties_before, O, ties, BLOCK=1024, num_warps=4, **AS_WRITTEN)
     if nnz:
         _fill_rows[grid](
             *matrix,
@@ -137,6 +146,7 @@ def launch_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) 
             BLOCK_R=block_r,
             BLOCK_C=block_c,
             num_warps=4,
+            **AS_WRITTEN,
             **limit,
         )
     return row_offsets, columns

@@ -8,7 +8,7 @@ from torch import Tensor
 from fps_kernels.ops.triton.digits import FIRST_BITS, NEXT_BITS, NEXT_DIGITS, digit_of_rank, occurrences
 from fps_kernels.ops.triton.factors import factors_by_row, share_factors, shared_factors
 from fps_kernels.ops.triton.floats import score_key
-from fps_kernels.ops.triton.target import register_limit, target_of
+from fps_kernels.ops.triton.target import AS_WRITTEN, register_limit, target_of
 
 # In the machine code for sm_90, with 32 entries per thread, a round of "take the largest away" is about 210 instructions, a
 # step of the bisection 120 (it takes 15 to 31, whatever k is), and ordering what it chose 1100: they meet near k = 16.
@@ -74,6 +74,7 @@ def launch_argmax(W: Tensor, a: Tensor, columns: Tensor) -> None:
         BLOCK_R=block_r,
         BLOCK_C=block_c,
         num_warps=4,
+        **AS_WRITTEN,
     )
 
 
@@ -106,6 +107,7 @@ def launch_select_in_registers(W: Tensor, a: Tensor, columns: Tensor) -> None:
         BLOCK_R=block_r,
         BLOCK_C=block_c,
         num_warps=num_warps,
+        **AS_WRITTEN,
         **({} if _wide(W) else register_limit(W.device, 128)),
     )
 
@@ -126,6 +128,7 @@ def launch_select_by_passes(W: Tensor, a: Tensor, columns: Tensor) -> None:
         NEXT_DIGITS=NEXT_DIGITS,
         BLOCK_C=4096,
         num_warps=8,
+        **AS_WRITTEN,
     )
 
 

@@ -18,6 +18,7 @@ from fps_kernels.ops.records import AdamWOptions, AdamWTensors
 from fps_kernels.ops.triton.floats import bfloat16_bits, to_float32
 from fps_kernels.ops.triton.launching import Compiled, launch
 from fps_kernels.ops.triton.tables import Values, block_map, device_table
+from fps_kernels.ops.triton.target import AS_WRITTEN
 
 BLOCK = 512  # four entries per thread: the gathers wait for memory, so many warps matter more than wide loads
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -71,6 +72,7 @@ def launch_masked_adamw(
         ZERO_GRADS=zero_grads,
         BLOCK=BLOCK,
         num_warps=4,
+        **AS_WRITTEN,
     )
 
 
@@ -87,6 +89,7 @@ def launch_scatter_values(W: Tensor, row_offsets: Tensor, columns: Tensor, value
         W.shape[0].bit_length(),
         BLOCK=BLOCK,
         num_warps=4,
+        **AS_WRITTEN,
     )
 
 
