@@ -53,12 +53,16 @@ class InFlight:
     Attributes:
         copies: into shared memory; ``copy_group`` ``[threads]`` counts the groups that each thread has closed.
         products: whose operands are being read; ``product_group`` ``[threads]`` the same for them.
+        results: the registers that products will write, ``sources`` those that they read: of each the group ``[threads]``,
+            -1 for threads without such a product.
     """
 
     copy_group: Array
     product_group: Array
     copies: list[Any] = field(default_factory=list)
     products: list[Any] = field(default_factory=list)
+    results: dict[int, Array] = field(default_factory=dict)
+    sources: dict[int, Array] = field(default_factory=dict)
 
 
 class Batch:

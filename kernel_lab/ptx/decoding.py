@@ -47,6 +47,7 @@ class Decoded(NamedTuple):
     """An instruction that can be run.
 
     Attributes:
+        instruction: as it was read.
         step: what it does, where it leads to the next one.
         guard: the register of the predicate, or ``None``.
         negated: whether it is done where the predicate is false.
@@ -54,6 +55,7 @@ class Decoded(NamedTuple):
     """
 
     flow: Flow
+    instruction: Instruction
     step: Step
     guard: int | None
     negated: bool
@@ -99,7 +101,7 @@ def _decode(instruction: Instruction, labels: dict[str, int]) -> Decoded:
     if flow in (Flow.BARRIER, Flow.RETURN) and instruction.guard is not None:
         raise NotImplementedError(instruction.text)
     guard = None if instruction.guard is None else instruction.guard.index
-    return Decoded(flow, step, guard, instruction.negated, target)
+    return Decoded(flow, instruction, step, guard, instruction.negated, target)
 
 
 def _step(instruction: Instruction) -> Step:

@@ -10,8 +10,8 @@ NOTE = "note: "  # begins a kind that may be harmless
 class Findings:
     """Kinds of faults by where they are, how often they happened, and an example of each.
 
-    A kind that begins with ``"note: "`` is told and is no problem: a value that all threads hold is loaded by all of them
-    and stored by one, say, or several warps store the same.
+    A kind that begins with ``"note: "`` is told and is no problem: a value that all threads load is changed by one of them,
+    say, or several warps store the same.
     """
 
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)

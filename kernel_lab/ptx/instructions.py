@@ -1,6 +1,7 @@
 """What a kernel's PTX consists of, once it is read."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -55,6 +56,16 @@ class Vector:
 Operand: TypeAlias = Register | Immediate | Special | Label | Address | Vector | None
 
 
+def _registers(operands: tuple[Operand, ...]) -> Iterator[int]:
+    for operand in operands:
+        if isinstance(operand, Register):
+            yield operand.index
+        elif isinstance(operand, Vector):
+            yield from _registers(operand.parts)
+        elif isinstance(operand, Address) and isinstance(operand.base, Register):
+            yield operand.base.index
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One instruction.
@@ -85,6 +96,17 @@ class Instruction:
     @property
     def family(self) -> str:
         return self.parts[0]
+
+    @cached_property
+    def touched(self) -> frozenset[int]:
+        """The registers that it reads or writes."""
+        return frozenset(_registers((*self.operands, self.guard)))
+
+    @cached_property
+    def written(self) -> frozenset[int]:
+        """The registers that it writes."""
+        reads_only = self.family in ("st", "red", "cp", "stmatrix", "bra", "bar", "wgmma") or not self.operands
+        return frozenset() if reads_only else frozenset(_registers(self.operands[:1]))
 
     @property
     def ends_block(self) -> bool:

@@ -17,6 +17,7 @@ from kernel_lab.ptx.decoding import Code, Decoded, Flow
 from kernel_lab.ptx.findings import Findings
 from kernel_lab.ptx.operands import Array, Mask
 from kernel_lab.ptx.traffic import Banks, Counts, Traffic
+from kernel_lab.ptx.warpgroups import check_registers
 
 THREADS_AT_ONCE = 8192
 MOST_STEPS = 20_000_000  # of one batch: a loop that never ends is an error
@@ -30,7 +31,8 @@ class Launched:
         kernel: its name.
         programs: how many there were.
         shared_bytes: of shared memory, each.
-        lanes: instructions issued, counted by thread.
+        issued: how many threads came to each instruction, int64 ``[instructions]``.
+        performed: how many of them did it, their guard being true.
         traffic: of each instruction that touched global memory.
         banks: of shared memory, by line of source.
         read_bytes: of distinct sectors that were read.
@@ -40,7 +42,8 @@ class Launched:
     kernel: str
     programs: int
     shared_bytes: int
-    lanes: int
+    issued: Array
+    performed: Array
     traffic: tuple[Traffic, ...]
     banks: Mapping[str, Banks]
     read_bytes: int
@@ -90,8 +93,8 @@ def execute(
         for start in range(0, launch.programs, at_once):
             _Lockstep(code.instructions, Batch(launch, order[start : start + at_once])).run()
     memory.end_launch(findings, program.name)
-    lanes, traffic = int(counts.by_lane.sum()), tuple(counts.traffic.values())
-    return Launched(program.name, launch.programs, shared_bytes, lanes, traffic, dict(counts.banks), *memory.unique_bytes())
+    counted = counts.issued, counts.performed, tuple(counts.traffic.values()), dict(counts.banks)
+    return Launched(program.name, launch.programs, shared_bytes, *counted, *memory.unique_bytes())
 
 
 class _Lockstep:
@@ -124,29 +127,30 @@ class _Lockstep:
 
     def _run_group(self, place: int, mask: Mask) -> None:
         """Until the threads part, wait or end, or come to where others are."""
-        batch, counts = self._batch, self._batch.counts
-        count = int(mask.sum())
+        batch, issued, performed = self._batch, self._batch.counts.issued, self._batch.counts.performed
+        count = int(np.count_nonzero(mask))
         group = None if count == batch.threads else mask
-        warps = int(mask.reshape(-1, WARP).any(1).sum())
         limit = self._places[0] if self._places else len(self._code)
         while True:
-            counts.by_lane[place] += count
-            counts.by_warp[place] += warps
-            flow, step, guard, negated, target = self._code[place]
+            issued[place] += count
+            flow, instruction, step, guard, negated, target = self._code[place]
             active = group
             if guard is not None:
                 active = ~batch.registers[guard] if negated else batch.registers[guard]
                 if group is not None:
                     active = active & group
             if flow is Flow.NEXT:
-                if guard is None or active is None:
+                doing = count if guard is None or active is None else int(np.count_nonzero(active))
+                if doing:
+                    performed[place] += doing
+                    active = None if doing == batch.threads else active
+                    if batch.in_flight.results:
+                        check_registers(batch, instruction, active)
                     step(batch, active)
-                elif active.any():
-                    step(batch, None if active.all() else active)
                 place += 1
             elif flow is Flow.BRANCH:
                 taken = mask if guard is None or active is None else active
-                taking = int(taken.sum())
+                taking = int(np.count_nonzero(taken))
                 if 0 < taking < count:
                     self._join(target, taken)
                     return self._join(place + 1, mask & ~taken)

@@ -37,6 +37,7 @@ class Figures(TypedDict):
     written_bytes: int
     unique_bytes: int
     least_bytes: int
+    elements: int
     instructions_per_element: float
     bank_passes: int
     fewest_bank_passes: int
@@ -47,6 +48,7 @@ class Figures(TypedDict):
 def figures(checked: Checked) -> Figures:
     """Of one case."""
     launched = checked.launched
+    instructions = sum(int(launch.issued.sum()) for launch in launched)
     banks = [banks for launch in launched for banks in launch.banks.values()]
     return {
         "target": checked.target,
@@ -63,7 +65,8 @@ def figures(checked: Checked) -> Figures:
         "written_bytes": sum(launch.written_bytes for launch in launched),
         "unique_bytes": sum(launch.read_bytes + launch.written_bytes for launch in launched),
         "least_bytes": checked.least_bytes,
-        "instructions_per_element": sum(launch.lanes for launch in launched) / max(1, checked.elements),
+        "elements": checked.elements,
+        "instructions_per_element": instructions / max(1, checked.elements),
         "bank_passes": sum(bank.passes for bank in banks),
         "fewest_bank_passes": sum(bank.fewest for bank in banks),
         "problems": checked.problems,
@@ -130,7 +133,8 @@ def table(results: list[Checked]) -> str:
         requested = sum(told["requested_bytes"] for told in large)
         unique = sum(told["unique_bytes"] for told in large)
         least = sum(told["least_bytes"] for told in large)
-        per_element = sum(told["instructions_per_element"] for told in large) / len(large)
+        instructions = sum(told["instructions_per_element"] * told["elements"] for told in large)
+        per_element = instructions / max(1, sum(told["elements"] for told in large))
         problems = sum(bool(checked.problems) for checked in members)
         ratios = f"{requested / max(1, unique):.2f}", f"{unique / max(1, least):.2f}", f"{per_element:.0f}"
         rows.append((*key, str(len(members)), *ratios, str(problems)))

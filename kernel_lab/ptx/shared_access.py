@@ -114,7 +114,7 @@ def check_races(batch: Batch, instruction: Instruction, flat: Array, size: int, 
     if kind == "read":
         bad = ~shared.initialised[every].all(1)
         if bad.any():
-            batch.finding(f"{NOTE}load of uninitialised shared memory", instruction, bad.sum())
+            batch.finding("load of uninitialised shared memory", instruction, bad.sum())
     elif shared.in_flight[every].any():
         batch.finding("write to an operand of a wgmma in flight", instruction)
     return again

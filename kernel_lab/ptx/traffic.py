@@ -45,10 +45,17 @@ class Banks:
 
 @dataclass
 class Counts:
-    """Of one launch. ``by_lane`` and ``by_warp`` count how often each instruction was issued, int64 ``[instructions]``."""
+    """Of one launch, int64 ``[instructions]`` each.
 
-    by_lane: Array
-    by_warp: Array
+    Attributes:
+        issued: how many threads came to an instruction.
+        performed: how many of them did it: those whose guard, if there is one, is true.
+        traffic: of the instructions that touch global memory, by their place in the code.
+        banks: of shared memory, by line of source.
+    """
+
+    issued: Array
+    performed: Array
     traffic: dict[int, Traffic] = field(default_factory=dict)
     banks: defaultdict[str, Banks] = field(default_factory=lambda: defaultdict(Banks))
 

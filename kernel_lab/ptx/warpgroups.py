@@ -128,8 +128,30 @@ def _multiply(instruction: Instruction) -> Step:
             value = product[:, ROW + 8 * (j >> 1 & 1), 8 * (j >> 2) + 2 * PAIR + (j & 1)].reshape(-1)
             value = value + np.where(kept, batch.registers[register].view(np.float32), 0.0)
             batch.write(register, value.astype(np.float32), active)
+        _mark(batch, batch.in_flight.results, to, there)
+        if isinstance(left, Vector):
+            _mark(batch, batch.in_flight.sources, left_registers, there)
 
     return step
+
+
+def _mark(batch: Batch, registers: dict[int, Array], marked: list[int], threads: Mask) -> None:
+    """These registers of these threads belong to a product until it is waited for."""
+    for register in marked:
+        before = registers.get(register, np.full(batch.threads, -1, np.int32))
+        registers[register] = np.where(threads, batch.in_flight.product_group, before)
+
+
+def check_registers(batch: Batch, instruction: Instruction, active: Mask | None) -> None:
+    """What products write may not be touched before they are waited for, what they read may not be changed."""
+    flying = batch.in_flight
+    if instruction.family == "wgmma":  # one product may go on with the results of another
+        return
+    for marked, touched in ((flying.results, instruction.touched), (flying.sources, instruction.written)):
+        for register in touched & marked.keys():
+            early = marked[register] >= 0 if active is None else (marked[register] >= 0) & active
+            if early.any():
+                batch.finding("register of a wgmma in flight", instruction, early.sum())
 
 
 def _commit(batch: Batch, active: Mask | None) -> None:
@@ -147,3 +169,10 @@ def _finish(batch: Batch, active: Mask | None, pending: int) -> None:
         else:
             remaining.append(product)
     batch.in_flight.products = remaining
+    done = batch.in_flight.product_group - pending
+    for registers in (batch.in_flight.results, batch.in_flight.sources):
+        for register, groups in list(registers.items()):
+            finished = groups < done if active is None else (groups < done) & active
+            registers[register] = np.where(finished, -1, groups)
+            if (registers[register] < 0).all():
+                del registers[register]
