@@ -133,11 +133,11 @@ class GlobalMemory:
             return f"{address - a.end:+d} from the end of {a.name} ({a.size} bytes)"
         return f"{address - a.base:+d} from the start of {a.name}"
 
-    def unique_bytes(self) -> tuple[int, int]:
-        """Of the sectors read and of those written in this launch: what must come from memory and go there."""
-        read = sum(int(allocation.read_sectors.sum()) for allocation in self._sorted)
-        written = sum(int(allocation.written_sectors.sum()) for allocation in self._sorted)
-        return read * SECTOR, written * SECTOR
+    def unique_bytes(self) -> dict[int, tuple[int, int]]:
+        """Of the sectors read and of those written in this launch, what must come from memory and go there: of the
+        allocations that were touched, by their addresses."""
+        sectors = ((a.base, int(a.read_sectors.sum()), int(a.written_sectors.sum())) for a in self._sorted)
+        return {base: (read * SECTOR, written * SECTOR) for base, read, written in sectors if read or written}
 
     def end_launch(self, findings: Findings, kernel: str) -> None:
         """What only the whole launch tells: reads by one program of what another writes, whoever came first here."""

@@ -47,7 +47,7 @@ class Outcome:
     Attributes:
         gpu: with its findings.
         launched: what its launches did, the first time.
-        tensors: its arguments and results afterwards.
+        tensors: its arguments and results afterwards; of the first time, if it was called twice.
         repeated: what is different the second time, made by repeated launches where the op has them; ``None`` if nothing.
         arguments: as they were built, now with what the op wrote.
     """
@@ -106,8 +106,7 @@ def run(
             first = [tensor.clone() for tensor in tensors]
             for allocation, held in zip(allocations, before, strict=True):
                 allocation.bytes[:] = held
-            tensors = [*given, *tensors_of(perform())]
-            repeated = _difference_in_bits(first, tensors)
+            repeated = _difference_in_bits(first, [*given, *tensors_of(perform())])
     return Outcome(gpu, launched, tensors, repeated, arguments)
 
 
@@ -138,9 +137,17 @@ def check(case: Case, target: str, all_orders: bool = True) -> Checked:
         error,
         problems,
         outcome.gpu.findings.notes(),
-        case.least(arguments),
+        case.least(arguments) + _between_launches(outcome),
         case.elements(arguments),
     )
+
+
+def _between_launches(outcome: Outcome) -> int:
+    """Bytes that one launch of an op leaves for another, out and in again, such as partial sums."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in outcome.tensors}
+    moved = [(base, *bytes_) for launch in outcome.launched for base, bytes_ in launch.moved.items() if base not in known]
+    written = {base for base, _, out in moved if out}
+    return sum(in_ + out for base, in_, out in moved if base in written)
 
 
 def expected(case: Case) -> list[Tensor]:

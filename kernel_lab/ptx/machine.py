@@ -35,8 +35,8 @@ class Launched:
         performed: how many of them did it, their guard being true.
         traffic: of each instruction that touched global memory.
         banks: of shared memory, by line of source.
-        read_bytes: of distinct sectors that were read.
-        written_bytes: of distinct sectors that were written.
+        moved: bytes of the distinct sectors that were read, and of those that were written, by the address of the
+            allocation that they belong to.
     """
 
     kernel: str
@@ -46,8 +46,15 @@ class Launched:
     performed: Array
     traffic: tuple[Traffic, ...]
     banks: Mapping[str, Banks]
-    read_bytes: int
-    written_bytes: int
+    moved: Mapping[int, tuple[int, int]]
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(read for read, _ in self.moved.values())
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(written for _, written in self.moved.values())
 
     def sectors(self, *kinds: str) -> int:
         """Requested by warps, of ``"load"``, ``"store"`` or ``"atomic"``."""
@@ -94,7 +101,7 @@ def execute(
             _Lockstep(code.instructions, Batch(launch, order[start : start + at_once])).run()
     memory.end_launch(findings, program.name)
     counted = counts.issued, counts.performed, tuple(counts.traffic.values()), dict(counts.banks)
-    return Launched(program.name, launch.programs, shared_bytes, *counted, *memory.unique_bytes())
+    return Launched(program.name, launch.programs, shared_bytes, *counted, memory.unique_bytes())
 
 
 class _Lockstep:

@@ -42,8 +42,8 @@ class Case:
         name: the shapes and what is special about them.
         dtype: of the weight, or of the input.
         build: makes the arguments, all random numbers by torch.
-        least: of the arguments the bytes that the op as designed must move: what it reads and writes, partial results that
-            go from one launch to the next included.
+        least: of the arguments the bytes that the op as designed must move: what it reads of them and writes to them and to
+            its results. What goes from one launch to the next comes on top, as it is seen.
         elements: of the arguments the number of elements that the op goes through.
         tolerance: of what the op returns or changes, relative to the largest number of each tensor; 0: the same bits.
         forced: constants of the Triton backend that have another value, ``"module.NAME"``.

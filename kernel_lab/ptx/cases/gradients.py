@@ -88,26 +88,22 @@ def _of_matrices(op: str) -> Iterator[Case]:
 
 
 def _in_parts() -> Iterator[Case]:
-    """Sums of parts of the rows go through memory, float32 for each entry."""
-
-    def least(parts: int, arguments: Arguments) -> int:
-        return _least(arguments) + parts * 2 * 4 * int(arguments[3].numel())
-
-    case = partial(Case, "sampled_grad", elements=_elements, tolerance=SUM_BOUND)
+    """Sums of parts of the rows go through memory."""
+    case = partial(Case, "sampled_grad", least=_least, elements=_elements, tolerance=SUM_BOUND)
     few = {"gradients.PRODUCT_PROGRAMS": 2, "gradients.MOST_SPLITS": 2, "gradients.MOST_ROWS": FEW_ROWS}
     for dtype in (FP32, BF16):
         made = partial(_linear, 300, 64, 64, 300, dtype, "rows", dtype)
         name = "product [300, 64] in several launches"
-        yield case(name, dtype, made, partial(least, 5), forced={**PRODUCT, **few}, lane=True)
+        yield case(name, dtype, made, forced={**PRODUCT, **few}, lane=True)
         made = partial(_linear, 3000, 16, 16, 60, dtype, "rows", dtype)
         forced = {**GATHER, "gradients.GATHER_PROGRAMS": 2}
-        yield case("gather [3000, 16], long parts", dtype, made, partial(least, 2), forced=forced, lane=dtype == BF16)
+        yield case("gather [3000, 16], long parts", dtype, made, forced=forced, lane=dtype == BF16)
         made = partial(_linear, 788, 768, 160, 768, dtype, "rows", dtype, True)
         name = "gather fc [788, 768] x [788, 160], k=1"
-        yield case(name, dtype, made, partial(least, 25), forced=GATHER, large=True)
+        yield case(name, dtype, made, forced=GATHER, large=True)
         made = partial(_linear, 1576, 768, 384, 3072, dtype, "rows", dtype, True)
         name = "product fc [1576, 768] x [1576, 384], k=4"
-        yield case(name, dtype, made, partial(least, 13), forced=PRODUCT, large=True)
+        yield case(name, dtype, made, forced=PRODUCT, large=True)
 
 
 def _of_layers() -> Iterator[Case]:

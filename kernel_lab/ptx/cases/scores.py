@@ -129,8 +129,7 @@ def _selects() -> Iterator[Case]:
 
     def least(arguments: Arguments) -> int:
         W, a, _, _, nnz = arguments
-        counts_and_offsets = int((8 * 2 + 12 + 12) * W.shape[0])  # out and in again, for each row
-        return 2 * size(W, a) + counts_and_offsets + 4 * int(nnz)
+        return 2 * size(W, a) + 4 * int(W.shape[0] + nnz)
 
     case = partial(Case, "score_select", least=least, elements=_elements)
     shapes = (
