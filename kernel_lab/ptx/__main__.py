@@ -33,8 +33,9 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> int:
-    wanted = parsed()
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    wanted = parsed(arguments)
     torch.set_num_threads(1)  # what it executes is small
     chosen = [
         case
