@@ -102,6 +102,18 @@ def test_two_programs_write_one_place(value: str, kinds: list[str]) -> None:
             assert found == kinds
 
 
+def test_threads_of_a_program_that_share_a_place_without_a_barrier() -> None:
+    one_by_one = "setp.lt.u32 %p1, %r1, 32; @%p1 st.global.b32 [%rd1], 1; {barrier} @!%p1 st.global.b32 [%rd1], 2;"
+    kind = "global bytes written by two threads of a program without barrier, different values"
+    assert launch(one_by_one.format(barrier=""), numbers(), warps=2).kinds == [kind]
+    assert not launch(one_by_one.format(barrier="bar.sync 0;"), numbers(), warps=2).kinds
+    handed_on = "st.global.b32 [%rd4], %r1; {barrier} xor.b32 %r3, %r1, 32; mul.wide.u32 %rd6, %r3, 4;"
+    handed_on += "add.s64 %rd6, %rd6, %rd1; ld.global.b32 %r4, [%rd6];"
+    kind = "global read after write by another thread without barrier"
+    assert kind in launch(handed_on.format(barrier=""), numbers(64), warps=2).kinds
+    assert not launch(handed_on.format(barrier="bar.sync 0;"), numbers(64), warps=2).kinds
+
+
 WAIT_FOR_ALL = """
 	ld.global.b32 %r3, [%rd1];
 	{barrier}
@@ -143,6 +155,11 @@ def test_barriers_that_not_all_reach() -> None:
     assert "barrier reached by part of a warp" in launch(in_warp, numbers()).kinds
     of_warps = in_warp.replace("5", "32")
     assert "barrier after some threads have returned" in launch(of_warps, numbers(), warps=2).kinds
+
+
+def test_warps_that_meet_at_different_barriers() -> None:
+    body = "setp.lt.u32 %p1, %r1, 32;\n@%p1 bra $there;\nbar.sync 0;\nbra $end;\n$there:\nbar.sync 0;\n$end:\n"
+    assert launch(body, numbers(), warps=2).kinds == ["warps meet at different barriers"]
 
 
 def test_exchanges_with_lanes_that_are_not_there() -> None:
