@@ -86,10 +86,11 @@ class Batch:
         self.warp_begin = index - index % WARP
         self.epoch = np.zeros(len(programs), np.int32)
         self.special = self._special()
-        self.registers = [
-            np.full(self.threads, NEVER_WRITTEN & (2 ** (8 * KEPT[width].itemsize) - 1), np.uint64).astype(KEPT[width])
-            for width in launch.program.widths
-        ]
+        poison = {
+            width: np.full(self.threads, NEVER_WRITTEN & (2 ** (8 * kept.itemsize) - 1), np.uint64).astype(kept)
+            for width, kept in KEPT.items()
+        }
+        self.registers = [poison[width] for width in launch.program.widths]  # which are replaced, never changed in place
         self.shared = SharedMemory(len(programs), launch.shared_bytes, launch.warps)
         self.stack = np.full((self.threads, launch.program.stack), 0xFF, np.uint8)
         self.in_flight = InFlight(np.zeros(self.threads, np.int32), np.zeros(self.threads, np.int32))

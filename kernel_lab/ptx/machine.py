@@ -6,6 +6,7 @@ gives poison.
 """
 
 import heapq
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ class Launched:
         performed: how many of them did it, their guard being true.
         traffic: of each instruction that touched global memory.
         banks: of shared memory, by line of source.
+        by_line: of :attr:`issued`, by line of source.
         moved: bytes of the distinct sectors that were read, and of those that were written, by the address of the
             allocation that they belong to.
     """
@@ -46,6 +48,7 @@ class Launched:
     performed: Array
     traffic: tuple[Traffic, ...]
     banks: Mapping[str, Banks]
+    by_line: Mapping[str, int]
     moved: Mapping[int, tuple[int, int]]
 
     @property
@@ -100,7 +103,10 @@ def execute(
         for start in range(0, launch.programs, at_once):
             _Lockstep(code.instructions, Batch(launch, order[start : start + at_once])).run()
     memory.end_launch(findings, program.name)
-    counted = counts.issued, counts.performed, tuple(counts.traffic.values()), dict(counts.banks)
+    by_line: defaultdict[str, int] = defaultdict(int)
+    for instruction, issued in zip(program.instructions, counts.issued.tolist(), strict=True):
+        by_line[instruction.where] += issued
+    counted = counts.issued, counts.performed, tuple(counts.traffic.values()), dict(counts.banks), dict(by_line)
     return Launched(program.name, launch.programs, shared_bytes, *counted, memory.unique_bytes())
 
 

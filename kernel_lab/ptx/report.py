@@ -96,7 +96,7 @@ def line(checked: Checked, seconds: float) -> str:
 
 
 def traffic(launched: Iterable[Launched]) -> str:
-    """Where the sectors of some launches go, and where banks conflict: by kernel and line of source."""
+    """Where the sectors and instructions of some launches go, and where banks conflict: by kernel and line of source."""
     lines = []
     for launch in launched:
         total = launch.sectors("load", "store", "atomic")
@@ -116,26 +116,29 @@ def traffic(launched: Iterable[Launched]) -> str:
                 f"        {where} {kind}: {sectors} sectors, {sectors / max(1, fewest):.2f}x the fewest, "
                 f"{requests} requests by {lanes} threads"
             )
+        issued = sum(launch.by_line.values())
+        for where, instructions in sorted(launch.by_line.items(), key=lambda item: -item[1])[:SHOWN_LINES]:
+            lines.append(f"        {where} instructions: {instructions / max(1, issued):.0%} of {issued}, by threads")
         for where, banks in launch.banks.items():
             if banks.passes > banks.fewest:
                 lines.append(f"        {where} shared memory: {banks.passes} passes, the fewest are {banks.fewest}")
     return "\n".join(lines)
 
 
-def table(results: list[Checked]) -> str:
+def table(results: list[Figures]) -> str:
     """Of each op, dtype and target: cases, problems, and the traffic of the large cases, or of all if none is large."""
     rows = [("op", "dtype", "target", "cases", "requested/unique", "unique/least", "instructions/element", "problems")]
-    groups: defaultdict[tuple[str, str, str], list[Checked]] = defaultdict(list)
-    for checked in results:
-        groups[checked.case.op, SHORT[checked.case.dtype], checked.target].append(checked)
+    groups: defaultdict[tuple[str, str, str], list[Figures]] = defaultdict(list)
+    for told in results:
+        groups[told["op"], told["dtype"], told["target"]].append(told)
     for key, members in groups.items():
-        large = [figures(checked) for checked in members if checked.case.large] or [figures(c) for c in members]
-        requested = sum(told["requested_bytes"] for told in large)
-        unique = sum(told["unique_bytes"] for told in large)
-        least = sum(told["least_bytes"] for told in large)
-        instructions = sum(told["instructions_per_element"] * told["elements"] for told in large)
-        per_element = instructions / max(1, sum(told["elements"] for told in large))
-        problems = sum(bool(checked.problems) for checked in members)
+        shown = [told for told in members if told["large"]] or members
+        requested = sum(told["requested_bytes"] for told in shown)
+        unique = sum(told["unique_bytes"] for told in shown)
+        least = sum(told["least_bytes"] for told in shown)
+        instructions = sum(told["instructions_per_element"] * told["elements"] for told in shown)
+        per_element = instructions / max(1, sum(told["elements"] for told in shown))
+        problems = sum(bool(told["problems"]) for told in members)
         ratios = f"{requested / max(1, unique):.2f}", f"{unique / max(1, least):.2f}", f"{per_element:.0f}"
         rows.append((*key, str(len(members)), *ratios, str(problems)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

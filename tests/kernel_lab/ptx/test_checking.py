@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kernel_lab.ptx import __main__ as command
-from kernel_lab.ptx import checking
+from kernel_lab.ptx import checking, report
 from kernel_lab.ptx.cases import OPS, Case, Op, cases
 from kernel_lab.ptx.cases.case import FP32, INT32
 
@@ -90,7 +90,7 @@ def test_deviations() -> None:
 
 def test_the_command(capsys, tmp_path, monkeypatch) -> None:
     file = tmp_path / "figures.json"
-    chosen = ["--only", "score_topk", "--match", "fp32 [9, 5] rows random groups 3 k=3", "--capability", "90"]
+    chosen = ["--only", "score_topk", "--match", "fp32 [9, 5] rows random groups 3 k=3", "--capability", "90", "--notes"]
     assert command.main([*chosen, "--json", str(file)]) == 0
     line, _, _header, row, _, total = capsys.readouterr().out.strip().split("\n")
     assert line.startswith(
@@ -105,3 +105,25 @@ def test_the_command(capsys, tmp_path, monkeypatch) -> None:
     assert command.main(chosen) == 1
     assert "    DIFFERS from the reference by 0" in capsys.readouterr().out
     assert command.main(["--only", "nothing"]) == 1
+
+
+def test_where_traffic_goes() -> None:
+    """By kernel and line, the lines with most sectors first."""
+    checked = checking.check(SMALL, "sm_90", all_orders=False)
+    head, *lines = report.traffic(checked.launched).split("\n")
+    assert head.strip().startswith("_select_in_registers: 1 programs, ")
+    sectors = [int(line.split(": ")[1].split()[0]) for line in lines if "requests" in line]
+    assert sectors == sorted(sectors, reverse=True)
+    assert sum(sectors) == checked.launched[0].sectors("load", "store", "atomic")
+    assert any("topk.py:" in line and "instructions: " in line for line in lines)
+
+
+def test_several_processes_tell_the_same(capsys) -> None:
+    chosen = ["--only", "score_topk", "--match", "fp32 [9, 5] rows random groups 3", "--one-order"]
+    told = []
+    for jobs in ("1", "2"):
+        assert command.main([*chosen, "--jobs", jobs]) == 0
+        lines = capsys.readouterr().out.split("\n")
+        told.append([line.rpartition(" | ")[0] for line in lines if " | " in line])
+    assert told[0] == told[1]
+    assert len(told[0]) == 6
