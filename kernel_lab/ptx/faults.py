@@ -1,11 +1,13 @@
 """Faults that are planted in the PTX of kernels, one at a time: what the machine must see."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kernel_lab.ptx.cases import Case
 from kernel_lab.ptx.checking import Outcome, deviation, expected, run
 from kernel_lab.ptx.decoding import decode
+from kernel_lab.ptx.instructions import Instruction
 from kernel_lab.ptx.machine import Launched
 
 
@@ -18,6 +20,7 @@ class Fault:
     replacement: str
 
 
+OF_SHARED_MEMORY = ("ldmatrix", "stmatrix", "wgmma")  # besides those that say so
 FAULTS = (
     Fault("a barrier removed", r"^\tbar\.sync \t0;$", ""),
     Fault("the guard of a global load removed", r"@%p\d+ (ld\.global)", r"\1"),
@@ -38,13 +41,17 @@ class Planted:
     Attributes:
         number: which of the places, from 0.
         kernel: in which it was planted; ``None``: nowhere.
-        instruction: the place in the kernel's code that was changed; -1 where instructions have gone.
+        place: in the kernel's code, of the instruction that was changed or removed.
+        removed: whether it has gone.
+        sound: the kernel's instructions without it.
     """
 
     fault: Fault
     number: int
     kernel: str | None = None
-    instruction: int = -1
+    place: int = -1
+    removed: bool = False
+    sound: Sequence[Instruction] = ()
 
     def edit(self, kernel: str, ptx: str) -> str:
         """For :func:`~kernel_lab.ptx.checking.run`."""
@@ -56,15 +63,19 @@ class Planted:
         place = places[self.number]
         edited = ptx[: place.start()] + place.expand(self.fault.replacement) + ptx[place.end() :]
         if self.kernel is None:
-            self.kernel, self.instruction = kernel, _changed(ptx, edited)
+            self.kernel = kernel
+            before, after = decode(ptx).program.instructions, decode(edited).program.instructions
+            self.place = next(one.place for one, other in zip(before, after, strict=False) if one.text != other.text)
+            self.removed = len(before) != len(after)
+            self.sound = before
         return edited
 
-
-def _changed(ptx: str, edited: str) -> int:
-    before, after = decode(ptx).program.instructions, decode(edited).program.instructions
-    if len(before) != len(after):
-        return -1
-    return next(one.place for one, other in zip(before, after, strict=True) if one.text != other.text)
+    def separates(self, launch: Launched) -> bool:
+        """Whether, without the fault, threads use shared memory before they come to the place, or come there again."""
+        if launch.issued[self.place] > launch.issued[0]:
+            return True
+        used = launch.performed[: self.place].nonzero()[0].tolist()
+        return any("shared" in self.sound[i].parts or self.sound[i].family in OF_SHARED_MEMORY for i in used)
 
 
 @dataclass(frozen=True)
@@ -74,15 +85,15 @@ class Verdict:
     Attributes:
         kernel: in which it was.
         seen: kinds of findings, ``"wrong result"``, or the error that ended the run; empty if nobody noticed.
-        changes_nothing: whether no thread ever did anything else than without the fault: nobody came there, or a guard that
-            was removed is never false.
+        excuse: why nobody could notice, if that is certain: no thread comes there, a guard that was removed is never false,
+            or a barrier that was removed comes before all use of shared memory. Otherwise empty.
     """
 
     fault: Fault
     number: int
     kernel: str
     seen: list[str]
-    changes_nothing: bool
+    excuse: str
 
     def __str__(self) -> str:
         return f"{self.fault.name}, place {self.number} of {self.kernel}"
@@ -104,22 +115,26 @@ class Trial:
             outcome = run(self.case, self.target, edit=planted.edit)
         except ValueError as error:  # the op notices that its kernels cannot be right
             assert planted.kernel is not None
-            return Verdict(fault, number, planted.kernel, [str(error)], False)
+            return Verdict(fault, number, planted.kernel, [str(error)], "")
         if planted.kernel is None:
             return None
-        same = planted.instruction >= 0 and self._unchanged(outcome.launched, planted)
-        return Verdict(fault, number, planted.kernel, self._seen(outcome), same)
+        return Verdict(fault, number, planted.kernel, self._seen(outcome), self._excuse(outcome.launched, planted))
 
     def _seen(self, outcome: Outcome) -> list[str]:
         wrong = not deviation(outcome.tensors, self._expected) <= self.case.tolerance
         return [*outcome.gpu.findings.kinds(), *(["wrong result"] if wrong else [])]
 
-    def _unchanged(self, launched: list[Launched], planted: Planted) -> bool:
-        """Whether as many threads did the changed instruction as before, or none where it does something else now."""
-        place, guard = planted.instruction, "guard" in planted.fault.name
-        for sound, faulty in zip(self._sound, launched, strict=True):
-            if faulty.kernel == planted.kernel and place < len(faulty.performed):
-                before, after = int(sound.performed[place]), int(faulty.performed[place])
-                if before != after or (after and not guard):
-                    return False
-        return True
+    def _excuse(self, launched: list[Launched], planted: Planted) -> str:
+        if planted.removed:
+            sound = [launch for launch in self._sound if launch.kernel == planted.kernel]
+            return "" if any(map(planted.separates, sound)) else "no shared memory is used before"
+        pairs = [
+            (int(sound.performed[planted.place]), int(faulty.performed[planted.place]))
+            for sound, faulty in zip(self._sound, launched, strict=True)
+            if faulty.kernel == planted.kernel and planted.place < len(faulty.performed)
+        ]
+        if not any(after for _, after in pairs):
+            return "no thread comes there"
+        if "guard" in planted.fault.name and all(before == after for before, after in pairs):
+            return "the guard is never false"
+        return ""
