@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 export FPS_REQUIRE_NATIVE ?= 1
 
-.PHONY: demo test test-suite test-oldest soak every-launch fuzz compare lint bench bench-full setup clean
+.PHONY: demo test test-suite test-oldest soak every-launch fuzz compare kernel-lab lint bench bench-full setup clean
 
 setup: $(SETUP)
 
@@ -73,6 +73,10 @@ $(OLDEST)/.installed: pyproject.toml $(shell find csrc -type f)
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/pytest -q -n 2 -k "not test_compiles_well"
 	TRITON_INTERPRET=1 $(OLDEST)/bin/pytest -q -n 2 tests/ops
+
+# Every Triton kernel, executed on the CPU as an A100 and an H100 would: results, faults, memory traffic. docs/kernel-lab.md.
+kernel-lab: $(SETUP)
+	$(BIN)/python -m kernel_lab.ptx $(OPTIONS)
 
 # Fails where the working tree is slower or larger than BASE. OPTIONS="--benchmarks kernels" makes it shorter.
 compare: $(SETUP)
