@@ -146,7 +146,9 @@ class PerNeuron(Budget):
             O, C = layout.shape
             rows_at_once = max(1, 2**22 // max(C, 1))  # bounds the scratch
             columns = [
-                torch.rand(min(rows_at_once, O - start), C, generator=generator).topk(self.k, sorted=False).indices
+                torch.rand(min(rows_at_once, O - start), C, generator=generator, device="cpu")
+                .topk(self.k, sorted=False)
+                .indices
                 for start in range(0, O, rows_at_once)
             ]
             flat = torch.cat(columns).sort(1).values.int().flatten()
@@ -277,7 +279,7 @@ class Global(Budget):
 
     def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
         """As many entries, drawn uniformly."""
-        sizes = torch.tensor([layout.shape[0] * layout.shape[1] for layout in layouts.values()])
+        sizes = torch.tensor([layout.shape[0] * layout.shape[1] for layout in layouts.values()], device="cpu")
         total = int(sizes.sum())
         flat = _draw_distinct(total, _count(self.density, total), generator)
         ends = sizes.cumsum(0)
@@ -322,12 +324,13 @@ def _finished(begun: Begun) -> dict[str, WeightSelection]:
 def _draw_distinct(total: int, count: int, generator: torch.Generator) -> Tensor:
     """``count`` distinct numbers below ``total``, uniformly, ascending, in memory proportional to ``count``."""
     if count > total // 2:  # draw those to leave out instead
-        kept = torch.ones(total, dtype=torch.bool)
+        kept = torch.ones(total, dtype=torch.bool, device="cpu")
         kept[_draw_distinct(total, total - count, generator)] = False
         return kept.nonzero().squeeze(1)
-    drawn = torch.empty(0, dtype=torch.int64)
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
     while drawn.numel() < count:
-        more = torch.randint(total, (count - drawn.numel() + 16 + count // 64,), generator=generator)
+        number = count - drawn.numel() + 16 + count // 64
+        more = torch.randint(total, (number,), generator=generator, device="cpu")
         drawn = torch.cat([drawn, more]).unique()
-    surplus = torch.randperm(drawn.numel(), generator=generator)[:count]
+    surplus = torch.randperm(drawn.numel(), generator=generator, device="cpu")[:count]
     return drawn[surplus].sort().values

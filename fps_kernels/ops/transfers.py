@@ -28,7 +28,7 @@ def uploaded(values: Sequence[float], dtype: torch.dtype, device: torch.device) 
     Example:
         >>> rates = uploaded([1e-3, 1e-4], torch.float64, weight.device)
     """
-    made = torch.tensor(values, dtype=dtype)
+    made = torch.tensor(values, dtype=dtype, device="cpu")
     # torch gives pinned memory to nobody else before the copy from there is done.
     return sent(made.pin_memory(), device) if device.type == "cuda" else made.to(device)
 

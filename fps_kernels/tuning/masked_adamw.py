@@ -371,7 +371,7 @@ class MaskedAdamW(Optimizer):
         for i, p in zip(ids, params, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
                 if key in STATE:
-                    there = torch.as_tensor(value).detach()  # old optimizers counted steps in plain numbers
+                    there = torch.as_tensor(value, device=p.device).detach()  # old optimizers counted steps in plain numbers
                     self.state[p][key] = there.to(p.device, torch.float32, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

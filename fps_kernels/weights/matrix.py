@@ -80,9 +80,9 @@ class MatrixLayout:
                 view = parameter.permute(0, *order).view(self.shape)
             except (RuntimeError, ValueError) as error:
                 raise ValueError(f"strides {parameter.stride()} allow no view as a matrix: make it contiguous") from error
-            logical = torch.arange(columns, dtype=torch.int32).view(parameter.shape[1:])
-            position = torch.empty(columns, dtype=torch.int32)
-            position[logical.permute([d - 1 for d in order]).flatten().long()] = torch.arange(columns, dtype=torch.int32)
+            every = torch.arange(columns, dtype=torch.int32, device="cpu")
+            position = torch.empty_like(every)
+            position[every.view(parameter.shape[1:]).permute([d - 1 for d in order]).flatten().long()] = every
             return view, sent(position, parameter.device)
 
     def unmatrix(self, matrix: Tensor) -> Tensor:
