@@ -19,8 +19,8 @@ def choosing(bench: Bench, quick: bool) -> Iterator[Row]:
     """Choices over a bare forward pass at batch 64, and whether the device's choice is that of the CPU."""
     for dtype in (torch.bfloat16, torch.float32):
         label = {"dtype": str(dtype).removeprefix("torch.")}
-        model, x, _ = classifier("vit_base_patch16_224", bench.device, 64, quick)
-        model, x = model.eval().to(dtype), x.to(dtype)
+        model, x, _ = classifier("vit_base_patch16_224", bench.device, 64, quick, dtype)
+        model.eval()
 
         select = partial(fps.select, model, [x], progress=False)
         ways: dict[str, Callable[[], object]] = {

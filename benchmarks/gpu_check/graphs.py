@@ -22,7 +22,7 @@ def _problem(bench: Bench, quick: bool) -> tuple[list[nn.Parameter], fps.Selecti
     weights = [nn.Parameter(torch.randn(shape, device=bench.device)) for shape in shapes]
     for W in weights:
         W.grad = torch.randn_like(W)
-    return weights, fps.Selection.from_masks({str(i): torch.rand_like(W) < 0.01 for i, W in enumerate(weights)})
+    return weights, fps.Selection.from_masks({str(i): torch.rand(W.shape) < 0.01 for i, W in enumerate(weights)})
 
 
 def _copies(weights: list[nn.Parameter]) -> list[nn.Parameter]:

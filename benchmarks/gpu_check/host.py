@@ -46,7 +46,7 @@ def host(bench: Bench, quick: bool) -> Iterator[Row]:
     for name, run in runs.items():
         yield attempt({"what": f"a call of {name}"}, lambda run=run: {"us": bench.host_microseconds(run, calls)})  # type: ignore[misc]
     frozen, tuned = _Chain(layers).to(device).requires_grad_(False), _Chain(layers).to(device)
-    tuner = fps.attach(tuned, {name: torch.rand_like(p) < 0.1 for name, p in tuned.named_parameters()})
+    tuner = fps.attach(tuned, {name: torch.rand(p.shape) < 0.1 for name, p in tuned.named_parameters()})
     x = torch.randn(8, 64, device=device, requires_grad=True)
 
     def both(model: nn.Module) -> None:

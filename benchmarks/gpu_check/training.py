@@ -21,11 +21,11 @@ METHODS = ("attach, k=1", "LoRA r=8", "frozen", "full", "attach, k=4", "attach, 
 
 def training(name: str, bench: Bench, quick: bool) -> Iterator[Row]:
     """A step in bfloat16 (autocast) at batch 64: time, what of it the host is busy for, and peak memory."""
-    model, x, y = classifier(name, bench.device, 64, quick)
+    base, x, y = classifier(name, torch.device("cpu"), 64, quick)
+    x, y, model = x.to(bench.device), y.to(bench.device), copy.deepcopy(base).to(bench.device)
     with torch.autocast(bench.device.type, torch.bfloat16):
         stats = fps.calibrate(model, [x], progress=False)
     chosen = {k: fps.select(model, stats=stats, budget=fps.PerNeuron(k)).to("cpu") for k in (1, 4, 16)}
-    base = model.cpu()
     del model, stats
     makes: dict[str, Callable[[nn.Module], methods.Contestant]] = {
         "full": methods.full,

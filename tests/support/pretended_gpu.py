@@ -130,6 +130,8 @@ class Watch(TorchDispatchMode):
         with unset_fake_temporarily():
             if func is aten._local_scalar_dense.default:
                 return torch.zeros((), dtype=args[0].dtype).item()
+            if func is aten.equal.default:
+                return True
             if func.overloadpacket is aten._to_copy and on_device(args[0]):
                 return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
             if func.overloadpacket is aten.copy_ and not on_device(args[0]):
