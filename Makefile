@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 export FPS_REQUIRE_NATIVE ?= 1
 
-.PHONY: demo test test-suite test-oldest soak every-launch fuzz compare kernel-lab lint bench bench-full setup clean
+.PHONY: demo test test-suite test-cuda test-oldest soak every-launch fuzz compare kernel-lab lint bench bench-full setup clean
 
 setup: $(SETUP)
 
@@ -31,6 +31,11 @@ test: lint test-suite
 test-suite: $(SETUP)
 	$(BIN)/pytest -q -n 2
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 tests/ops
+
+# What takes a device, on the GPU alone, and the ops' compiled kernels.
+test-cuda: $(SETUP)
+	FPS_TEST_DEVICES=cuda $(BIN)/pytest -q -n 4 tests/tuning tests/choosing tests/deltas tests/memory tests/integrations -k cuda
+	$(BIN)/pytest -q -n 4 tests/ops -k triton
 
 # The suites whose inputs are random, N times with fresh seeds; a failure prints the seed that repeats it.
 N ?= 1

@@ -22,6 +22,9 @@ settings.register_profile("fixed", derandomize=True)
 settings.register_profile("fresh", print_blob=True)
 settings.load_profile("fresh" if os.environ.get("FPS_TEST_SEED") == "fresh" else "fixed")
 
+# Where tests that take a device run: on the CPU, and on a GPU where there is one. FPS_TEST_DEVICES=cuda is that lane alone.
+DEVICES = os.environ.get("FPS_TEST_DEVICES", "cpu,cuda" if torch.cuda.is_available() else "cpu").split(",")
+
 _REAL_EMPTY = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
 
 
@@ -41,6 +44,12 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, real in _REAL_EMPTY.items():
         monkeypatch.setattr(torch, name, poisoned(real))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a test's tensors lie. A test that takes it names no device itself."""
+    return torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -51,19 +52,26 @@ def machine() -> dict[str, str | int]:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         processor = names[0] if names else processor
-    git = partial(subprocess.run, cwd=RESULTS.parents[1], capture_output=True, text=True, check=False)
-    commit = git(["git", "describe", "--always"]).stdout.strip()
-    # Results that this or another benchmark has written don't make the code another one.
-    if git(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]).stdout.strip():
-        commit += "-dirty"
     return {
         "processor": processor,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit or "unknown",
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _commit() -> str:
+    """Of the code that runs; a checkout may have been copied to where there is no git."""
+    if shutil.which("git") is None:
+        return "unknown"
+    git = partial(subprocess.run, cwd=RESULTS.parents[1], capture_output=True, text=True, check=False)
+    commit = git(["git", "describe", "--always"]).stdout.strip()
+    # Results that this or another benchmark has written don't make the code another one.
+    if git(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]).stdout.strip():
+        commit += "-dirty"
+    return commit or "unknown"
 
 
 def save(name: str, command: str, rows: list[dict[str, Any]], **more: Any) -> None:

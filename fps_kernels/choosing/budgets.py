@@ -1,15 +1,16 @@
 """How many entries, and who competes with whom. Counts are exact, always."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fps_kernels import ops
+from fps_kernels.ops.transfers import fetched
 from fps_kernels.selection import WeightSelection, uniform_row_offsets
 from fps_kernels.weights.matrix import MatrixLayout
 
@@ -25,17 +26,31 @@ class ScoredWeight:
         layout: how the parameter is read as a matrix.
         values: the parameter, or what else in its shape is scored.
         factors: float32 ``[G, C]``.
+        stays: the values are there until all is chosen, and not only until a choice from this one is made.
     """
 
     name: str
     layout: MatrixLayout
     values: Tensor
     factors: Tensor
+    stays: bool = True
 
     @property
     def matrix(self) -> Tensor:
         """``[O, C]``; made when asked for, since a channels-last convolution is copied."""
         return self.layout.matrix(self.values)
+
+
+class Begun(NamedTuple):
+    """A choice under way, for which the host may have to read numbers of the device.
+
+    Attributes:
+        unread: the tensors that it has to read.
+        finish: makes the choice of these tensors, on the CPU.
+    """
+
+    unread: Sequence[Tensor]
+    finish: Callable[[Sequence[Tensor]], dict[str, WeightSelection]]
 
 
 class Budget(ABC):
@@ -62,6 +77,11 @@ class Budget(ABC):
     @abstractmethod
     def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
         """The best entries of a group of weights."""
+
+    def begin(self, weights: list[ScoredWeight]) -> Begun:
+        """:meth:`choose` up to where the host has to know something: so that it may ask for many groups at once."""
+        chosen = self.choose(weights)
+        return Begun((), lambda read: chosen)
 
     @abstractmethod
     def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
@@ -126,7 +146,9 @@ class PerNeuron(Budget):
             O, C = layout.shape
             rows_at_once = max(1, 2**22 // max(C, 1))  # bounds the scratch
             columns = [
-                torch.rand(min(rows_at_once, O - start), C, generator=generator).topk(self.k, sorted=False).indices
+                torch.rand(min(rows_at_once, O - start), C, generator=generator, device="cpu")
+                .topk(self.k, sorted=False)
+                .indices
                 for start in range(0, O, rows_at_once)
             ]
             flat = torch.cat(columns).sort(1).values.int().flatten()
@@ -152,7 +174,19 @@ class _EachWeight(Budget):
 
     def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
         """The best entries of every weight."""
-        return {name: entries for w in weights for name, entries in _choose_best([w], self.count(w.layout)).items()}
+        return _finished(self.begin(weights))
+
+    def begin(self, weights: list[ScoredWeight]) -> Begun:
+        """The thresholds; which of the entries that are equal to one are chosen depends on how many there are."""
+        begun = [_begin_best([w], self.count(w.layout)) for w in weights]
+
+        def finish(read: Sequence[Tensor]) -> dict[str, WeightSelection]:
+            chosen: dict[str, WeightSelection] = {}
+            for i, one in enumerate(begun):
+                chosen |= one.finish(read[2 * i : 2 * i + 2])
+            return chosen
+
+        return Begun([t for one in begun for t in one.unread], finish)
 
     def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
         """As many entries, drawn uniformly."""
@@ -231,17 +265,21 @@ class Global(Budget):
 
     def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
         """The best entries of all weights together."""
+        return _finished(self.begin(weights))
+
+    def begin(self, weights: list[ScoredWeight]) -> Begun:
+        """The threshold; how many entries of a weight lie above it is not known yet."""
         devices = {str(w.values.device) for w in weights}
         if len(devices) > 1:
             raise ValueError(
                 f"a Global budget compares all weights, which lie on {', '.join(sorted(devices))}: use PerTensor or "
                 "PerNeuron, or bring the model to one device"
             )
-        return _choose_best(weights, _count(self.density, sum(w.values.numel() for w in weights)))
+        return _begin_best(weights, _count(self.density, sum(w.values.numel() for w in weights)))
 
     def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
         """As many entries, drawn uniformly."""
-        sizes = torch.tensor([layout.shape[0] * layout.shape[1] for layout in layouts.values()])
+        sizes = torch.tensor([layout.shape[0] * layout.shape[1] for layout in layouts.values()], device="cpu")
         total = int(sizes.sum())
         flat = _draw_distinct(total, _count(self.density, total), generator)
         ends = sizes.cumsum(0)
@@ -258,30 +296,41 @@ def check_budget(budget: Any) -> None:
         raise TypeError(f"budget must be PerNeuron, PerTensor, LikeLoRA or Global, got {budget!r}")
 
 
-def _choose_best(weights: list[ScoredWeight], count: int) -> dict[str, WeightSelection]:
+def _begin_best(weights: list[ScoredWeight], count: int) -> Begun:
     """The ``count`` largest scores of all weights together; equal scores go to the earlier entry."""
     matrices, factors = [w.matrix for w in weights], [w.factors for w in weights]
     threshold, greater, equal = ops.score_kth(matrices, factors, count)
-    above, same = greater.tolist(), equal.tolist()
-    ties_left = count - sum(above)
-    chosen = {}
-    for w, matrix, n_above, n_same in zip(weights, matrices, above, same, strict=True):
-        ties = min(ties_left, n_same)
-        ties_left -= ties
-        csr = ops.score_select(matrix, w.factors, threshold, ties, n_above + ties)
-        chosen[w.name] = WeightSelection.trusted(w.layout, *csr)
-    return chosen
+    held = matrices if threshold.is_cpu else None  # copies of channels-last weights, of which a GPU would hold many
+
+    def finish(read: Sequence[Tensor]) -> dict[str, WeightSelection]:
+        above, same = (counts.tolist() for counts in read)
+        ties_left = count - sum(above)
+        chosen = {}
+        for i, (w, n_above, n_same) in enumerate(zip(weights, above, same, strict=True)):
+            ties = min(ties_left, n_same)
+            ties_left -= ties
+            matrix = w.matrix if held is None else held[i]
+            csr = ops.score_select(matrix, w.factors, threshold, ties, n_above + ties)
+            chosen[w.name] = WeightSelection.trusted(w.layout, *csr)
+        return chosen
+
+    return Begun((greater, equal), finish)
+
+
+def _finished(begun: Begun) -> dict[str, WeightSelection]:
+    return begun.finish(fetched(begun.unread))
 
 
 def _draw_distinct(total: int, count: int, generator: torch.Generator) -> Tensor:
     """``count`` distinct numbers below ``total``, uniformly, ascending, in memory proportional to ``count``."""
     if count > total // 2:  # draw those to leave out instead
-        kept = torch.ones(total, dtype=torch.bool)
+        kept = torch.ones(total, dtype=torch.bool, device="cpu")
         kept[_draw_distinct(total, total - count, generator)] = False
         return kept.nonzero().squeeze(1)
-    drawn = torch.empty(0, dtype=torch.int64)
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
     while drawn.numel() < count:
-        more = torch.randint(total, (count - drawn.numel() + 16 + count // 64,), generator=generator)
+        number = count - drawn.numel() + 16 + count // 64
+        more = torch.randint(total, (number,), generator=generator, device="cpu")
         drawn = torch.cat([drawn, more]).unique()
-    surplus = torch.randperm(drawn.numel(), generator=generator)[:count]
+    surplus = torch.randperm(drawn.numel(), generator=generator, device="cpu")[:count]
     return drawn[surplus].sort().values

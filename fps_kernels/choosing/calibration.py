@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from fps_kernels import ops
 from fps_kernels.choosing.feeding import Forward, UnsupportedInputError, ordinary_tensors, run_forward
+from fps_kernels.choosing.finite_checks import FiniteCheck, check_finite
 from fps_kernels.choosing.statistics import ActivationStats, WeightStats, combine
 from fps_kernels.ops import BackendUnavailableError, backend_for, native
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated
@@ -117,10 +119,12 @@ def calibrate(
     if ord not in ops.ORDS:
         raise ValueError(f"ord must be 1, 2 or inf, got {ord}")
     with ordinary_tensors():
-        return _calibrate(Survey.of(model), data, ord, forward, micro_batch, max_batches, progress)
+        stats, checks = unchecked_statistics(Survey.of(model), data, ord, forward, micro_batch, max_batches, progress)
+        check_finite(checks)
+        return stats
 
 
-def _calibrate(
+def unchecked_statistics(
     survey: Survey,
     data: Iterable[Any],
     ord: float,
@@ -128,7 +132,8 @@ def _calibrate(
     micro_batch: int | None,
     max_batches: int | None,
     progress: bool | None,
-) -> ActivationStats:
+) -> tuple[ActivationStats, list[FiniteCheck]]:
+    """:func:`calibrate` without having looked whether activations were finite: whoever goes on looks at that later."""
     accumulators: dict[str, _Accumulator] = {}
     survey.check_has_values()
     memory, direct = _direct_sums(survey, ord)
@@ -176,8 +181,7 @@ def _calibrate(
         else:
             weights[name] = stats
     result = ActivationStats(float(ord), weights, unused, dict(survey.tied))
-    _check_finite(result, memory, direct)
-    return result
+    return result, _checks(result, memory, direct)
 
 
 def _direct_sums(survey: Survey, ord: float) -> tuple[Tensor | None, dict[str, native.ColumnNorms]]:
@@ -194,14 +198,17 @@ def _direct_sums(survey: Survey, ord: float) -> tuple[Tensor | None, dict[str, n
     return memory, dict(zip(matrices, sums, strict=True))
 
 
-def _check_finite(stats: ActivationStats, memory: Tensor | None, direct: dict[str, native.ColumnNorms]) -> None:
+def _checks(stats: ActivationStats, memory: Tensor | None, direct: dict[str, native.ColumnNorms]) -> list[FiniteCheck]:
     norms: dict[torch.device, list[Tensor]] = {} if memory is None else {memory.device: [memory.view(-1)]}
     for name, s in stats.weights.items():
         if (name not in direct or direct[name].norm is not s.norm) and not is_simulated(s.norm):
             norms.setdefault(s.norm.device, []).append(s.norm.view(-1))
     # One look at each device. What is added up is not negative: nothing cancels out.
-    if all(math.isfinite((parts[0] if len(parts) == 1 else torch.cat(parts)).sum().item()) for parts in norms.values()):
-        return
+    sums = [(parts[0] if len(parts) == 1 else torch.cat(parts)).sum() for parts in norms.values()]
+    return [FiniteCheck(total, partial(_refuse, stats)) for total in sums]
+
+
+def _refuse(stats: ActivationStats) -> None:
     bad = [name for name, s in stats.weights.items() if not is_simulated(s.norm) and not s.norm.sum().isfinite()]
     if bad:
         more = f" and {len(bad) - 1} more weights" if len(bad) > 1 else ""

@@ -79,11 +79,11 @@ def random_views(images: Tensor, scale: tuple[float, float] = (0.3, 1.0)) -> tup
 
     def crop() -> Tensor:
         n = len(images)
-        side = torch.empty(n).uniform_(*scale).sqrt()
-        transform = torch.zeros(n, 2, 3)
-        transform[:, 0, 0] = side * (torch.randint(2, (n,)) * 2 - 1)
+        side = torch.empty(n, device="cpu").uniform_(*scale).sqrt()
+        transform = torch.zeros(n, 2, 3, device="cpu")
+        transform[:, 0, 0] = side * (torch.randint(2, (n,), device="cpu") * 2 - 1)
         transform[:, 1, 1] = side
-        transform[:, :, 2] = (torch.rand(n, 2) * 2 - 1) * (1 - side)[:, None]
+        transform[:, :, 2] = (torch.rand(n, 2, device="cpu") * 2 - 1) * (1 - side)[:, None]
         grid = F.affine_grid(transform.to(images.device, images.dtype), list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fps_kernels.choosing.statistics import ActivationStats
+from fps_kernels.ops.transfers import sent
 
 
 class ColumnScorer(ABC):
@@ -122,7 +123,7 @@ class GrowthDriven(ColumnScorer):
         now, before = stats[name].mean(), self.anchor[name].mean()
         blocks = math.lcm(len(now), len(before))  # an attention may have had one input then, and three now
         now = now.repeat_interleave(blocks // len(now), 0)
-        before = before.repeat_interleave(blocks // len(before), 0).to(now.device)
+        before = sent(before.repeat_interleave(blocks // len(before), 0), now.device)
         scale = torch.maximum(before.mean(), now.mean()).clamp(min=torch.finfo(torch.float32).tiny)
         return now / (before + self.eps * scale)
 

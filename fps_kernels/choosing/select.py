@@ -9,11 +9,13 @@ from torch import nn
 
 from fps_kernels.choosing.best_entries import best_entries
 from fps_kernels.choosing.budgets import Budget, PerNeuron, ScoredWeight, check_budget
-from fps_kernels.choosing.calibration import calibrate
+from fps_kernels.choosing.calibration import unchecked_statistics
 from fps_kernels.choosing.candidates import eligible_weights, usable_layouts
 from fps_kernels.choosing.feeding import Forward, ordinary_tensors
+from fps_kernels.choosing.finite_checks import FiniteCheck, check_finite
 from fps_kernels.choosing.scorers import FPS, ColumnScorer, Random, Scorer
 from fps_kernels.choosing.statistics import ActivationStats
+from fps_kernels.ops.transfers import sent
 from fps_kernels.selection import Selection, WeightSelection
 from fps_kernels.weights.matrix import MatrixLayout
 from fps_kernels.weights.offloading import brought_in
@@ -101,17 +103,12 @@ def _select(
     survey.check_has_values()
     # Patterns are checked before the pass, which may take long.
     eligible, dense_names, skipped = eligible_weights(survey, include, exclude, dense)
+    checks: list[FiniteCheck] = []
     if stats is None:
         assert data is not None
-        stats = calibrate(
-            survey,
-            data,
-            ord=1 if scorer.ord is None else scorer.ord,
-            forward=forward,
-            micro_batch=micro_batch,
-            max_batches=1 if scorer.ord is None else None,  # only to see which weights are used
-            progress=progress,
-        )
+        ord = 1.0 if scorer.ord is None else scorer.ord
+        most = 1 if scorer.ord is None else None  # only to see which weights are used
+        stats, checks = unchecked_statistics(survey, data, ord, forward, micro_batch, most, progress)
     elif scorer.ord is not None and stats.ord != scorer.ord:
         raise ValueError(f"stats has ord={stats.ord}, but {scorer!r} needs ord={scorer.ord}")
     layouts, unusable = usable_layouts(eligible, stats)
@@ -126,9 +123,11 @@ def _select(
         chosen: dict[str, WeightSelection] = {}
         for names in budget.groups(layouts):
             chosen |= budget.draw({name: layouts[name] for name in names}, generator)
+        check_finite(checks)
     else:
-        chosen = best_entries(_scored(survey, layouts, budget, scorer, stats), budget)
-    chosen = {name: w.to("cpu" if name in survey.offloaded else eligible[name].device) for name, w in chosen.items()}
+        chosen = best_entries(_scored(survey, layouts, budget, scorer, stats), budget, checks=checks)
+    chosen |= Selection({name: chosen[name] for name in chosen if name in survey.offloaded}).to("cpu").weights
+    chosen = {name: w if name in survey.offloaded else w.to(eligible[name].device) for name, w in chosen.items()}
     description = {"scorer": repr(scorer), "budget": repr(budget)}
     return Selection(chosen, dense_names, skipped, dict(stats.tied), description)
 
@@ -149,6 +148,6 @@ def _scored(
                 owner = survey.offloaded.get(name)
                 parameter = survey.parameters[name].detach()
                 values = parameter if owner is None else present.enter_context(brought_in(*owner))
-                factors = scorer.factors(stats, name).to(values.device, torch.float32)
-                group.append(ScoredWeight(name, layouts[name], values, factors))
+                factors = sent(scorer.factors(stats, name), values.device, torch.float32)
+                group.append(ScoredWeight(name, layouts[name], values, factors, stays=owner is None))
             yield group

@@ -35,7 +35,13 @@ class WeightStats:
 
     def mean(self) -> Tensor:
         """``norm / rows`` ``[G, C]`` float64: the mean magnitude for ``ord=1``."""
-        return self.norm / torch.tensor(self.rows, dtype=torch.float64, device=self.norm.device).unsqueeze(1)
+        # Filled where it is used: a copy of a list would let the host wait for a GPU, and to divide by a plain number is,
+        # there, to multiply by its inverse.
+        counts = [self.norm.new_full((1, 1), count, dtype=torch.float64) for count in dict.fromkeys(self.rows)]
+        if len(counts) == 1:
+            return self.norm / counts[0]
+        number = dict(zip(dict.fromkeys(self.rows), counts, strict=True))
+        return self.norm / torch.cat([number[count] for count in self.rows])
 
 
 @dataclass

@@ -183,8 +183,8 @@ def _read_buffers(described: Any, tensors: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def _read(content: dict[str, Any], tensors: dict[str, Tensor]) -> DeltaContent:
-    indices = _Stream("indices", tensors.get("indices", torch.empty(0, dtype=torch.uint8)), torch.uint8)
-    streams = {d: _Stream(n, tensors.get(n, torch.empty(0, dtype=d)), d) for d, n in _STORED.items()}
+    indices = _Stream("indices", tensors.get("indices", torch.empty(0, dtype=torch.uint8, device="cpu")), torch.uint8)
+    streams = {d: _Stream(n, tensors.get(n, torch.empty(0, dtype=d, device="cpu")), d) for d, n in _STORED.items()}
     if extra := sorted(tensors.keys() - {"indices", *_STORED.values()}):
         raise ValueError(f"it has a tensor {extra[0]!r} that does not belong there")
     weights, values, dense = {}, {}, {}

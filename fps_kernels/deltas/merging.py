@@ -96,15 +96,15 @@ def _merged(
         raise ValueError(f"the deltas are of different models: {name} has several shapes")
     layout = layouts.pop() if layouts else MatrixLayout(shapes.pop())
     flat = torch.cat([_flat(w, v, layout) for w, v in parts])
-    owner = torch.cat([torch.full((v.numel(),), i) for i, (_, v) in enumerate(parts)])
+    owner = torch.cat([torch.full((v.numel(),), i, device="cpu") for i, (_, v) in enumerate(parts)])
     every = torch.cat([(layout.matrix(v).reshape(-1) if w is None else v).float() for w, v in parts])
     order = (flat * len(parts) + owner).argsort()  # by entry, and there in the order of the deltas
     flat, every = flat[order], every[order]
     entries, group, counts = flat.unique_consecutive(return_inverse=True, return_counts=True)
     ends = counts.cumsum(0)
     first, last = every[ends - counts], every[ends - 1]
-    lowest = torch.zeros(entries.numel()).scatter_reduce_(0, group, every, "amin", include_self=False)
-    highest = torch.zeros(entries.numel()).scatter_reduce_(0, group, every, "amax", include_self=False)
+    lowest = torch.zeros(entries.numel(), device="cpu").scatter_reduce_(0, group, every, "amin", include_self=False)
+    highest = torch.zeros(entries.numel(), device="cpu").scatter_reduce_(0, group, every, "amax", include_self=False)
     differs = (lowest != highest) & ~(lowest.isnan() & highest.isnan() & first.isnan() & last.isnan())
     conflict = None
     if bool(differs.any()):
@@ -114,15 +114,15 @@ def _merged(
                 f"{conflict.entries} entries of {name} have different values in several deltas (by up to "
                 f"{conflict.largest:.3g}): choose on_conflict='first', 'last' or 'mean'"
             )
-    mean = torch.zeros(entries.numel()).index_add_(0, group, every) / counts
+    mean = torch.zeros(entries.numel(), device="cpu").index_add_(0, group, every) / counts
     merged = {"first": first, "last": last, "mean": torch.where(differs, mean, first), "error": first}[on_conflict]
     if any(w is None for w, _ in parts):
         O, C = layout.shape
-        whole = torch.empty(O * C)
+        whole = torch.empty(O * C, device="cpu")
         whole[entries] = merged  # some delta has every entry
         return layout.unmatrix(whole.view(O, C)).contiguous(), conflict
     return (WeightSelection.from_flat(layout, entries), merged), conflict
 
 
 def _flat(w: WeightSelection | None, values: Tensor, layout: MatrixLayout) -> Tensor:
-    return torch.arange(values.numel()) if w is None else w.flat()
+    return torch.arange(values.numel(), device="cpu") if w is None else w.flat()

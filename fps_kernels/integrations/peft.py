@@ -205,7 +205,7 @@ def _sparse_and_whole(
             base = w.layout.matrix(parameters[name]).cpu()[w.rows(), w.columns.long()]
             added[name] = (w, source.values[name].float() - base.float())
         else:
-            added[name] = (w, torch.zeros(w.nnz))
+            added[name] = (w, torch.zeros(w.nnz, device="cpu"))
     return added, whole
 
 
@@ -216,9 +216,9 @@ def _padded(name: str, w: WeightSelection, values: Tensor, places: int, setting:
     flat, spare = w.flat(), places - w.nnz
     if spare:
         # Among the first `places` entries at least `spare` are free.
-        first = torch.arange(places)
+        first = torch.arange(places, device="cpu")
         free = first[~torch.isin(first, flat)][:spare]
-        flat, values = torch.cat([flat, free]), torch.cat([values, torch.zeros(spare)])
+        flat, values = torch.cat([flat, free]), torch.cat([values, torch.zeros(spare, device="cpu")])
     return flat, values
 
 

@@ -53,6 +53,7 @@ __all__ = [
     "use_isa",
 ]
 
+_CPU = torch.device("cpu")  # said wherever something is made: with another default device it would lie elsewhere
 _POINTWISE = Convolution((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
 _FEW = 1 << 16  # numbers of which the kernel adds up the bias's gradient: of more, torch does with all threads
 _AS_IT_IS = (0, 0, 0, 0, 0)  # `Recomputed` in csrc/kernels.h
@@ -106,7 +107,7 @@ def column_norm_conv2d_(
 
 def score_topk(W: Tensor, a: Tensor, k: int) -> Tensor:
     """:func:`.reference.score_topk` in one read of ``W`` ``[O, C]``."""
-    columns = torch.empty(W.shape[0], k, dtype=torch.int32)
+    columns = torch.empty(W.shape[0], k, dtype=torch.int32, device=_CPU)
     check(library().fps_score_topk(table(_matrix(W, a)), k, columns.data_ptr(), torch.get_num_threads()))
     return columns
 
@@ -115,8 +116,8 @@ def score_kth(weights: list[Tensor], factors: list[Tensor], k: int) -> tuple[Ten
     """:func:`.reference.score_kth`, exact, usually in one read of the weights."""
     n = len(weights)
     fields = table(field for W, a in zip(weights, factors, strict=True) for field in _matrix(W, a))
-    threshold = torch.empty((), dtype=torch.float32)
-    counts = torch.empty(2, n, dtype=torch.int64)
+    threshold = torch.empty((), dtype=torch.float32, device=_CPU)
+    counts = torch.empty(2, n, dtype=torch.int64, device=_CPU)
     greater, equal = counts[0], counts[1].clone()
     status = library().fps_score_kth(
         fields, n, k, threshold.data_ptr(), greater.data_ptr(), equal.data_ptr(), torch.get_num_threads()
@@ -127,8 +128,8 @@ def score_kth(weights: list[Tensor], factors: list[Tensor], k: int) -> tuple[Ten
 
 def score_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) -> tuple[Tensor, Tensor]:
     """:func:`.reference.score_select` in two reads of ``W`` ``[O, C]``."""
-    row_offsets = torch.empty(W.shape[0] + 1, dtype=torch.int32)
-    columns = torch.empty(nnz, dtype=torch.int32)
+    row_offsets = torch.empty(W.shape[0] + 1, dtype=torch.int32, device=_CPU)
+    columns = torch.empty(nnz, dtype=torch.int32, device=_CPU)
     status = library().fps_score_select(
         table(_matrix(W, a)),
         threshold.data_ptr(),
@@ -166,11 +167,11 @@ def linear_gradients(
         x_strides = x.stride()
     numbers, nnz = gy.numel(), csr.nnz
     if not numbers or not nnz:
-        return torch.zeros(nnz), gy.reshape(-1, outputs).sum(0) if wants_bias else None
-    grad, bias, sums, recomputed = torch.empty(nnz), None, 0, _AS_IT_IS
+        return torch.zeros(nnz, device=_CPU), gy.reshape(-1, outputs).sum(0) if wants_bias else None
+    grad, bias, sums, recomputed = torch.empty(nnz, device=_CPU), None, 0, _AS_IT_IS
     if wants_bias:
         if numbers <= _FEW and gy.dtype is torch.float32:
-            bias = torch.empty(outputs)
+            bias = torch.empty(outputs, device=_CPU)
             sums = bias.data_ptr()
         else:
             bias = gy.reshape(-1, outputs).sum(0)
@@ -217,7 +218,7 @@ def sampled_grad_conv2d(
     convolution: Convolution,
 ) -> Tensor:
     """:func:`.reference.sampled_grad_conv2d` in one read of ``gy`` ``[B, O, H_out, W_out]``; ``x`` is not unfolded."""
-    grad = torch.empty(columns.shape[0], dtype=torch.float32)
+    grad = torch.empty(columns.shape[0], dtype=torch.float32, device=_CPU)
     status = library().fps_sampled_grad(
         _images(gy),
         _images(x),
@@ -283,7 +284,7 @@ class ColumnNorms:
 
 def column_norms(columns: Sequence[int], ord: float) -> tuple[Tensor, list[ColumnNorms]]:
     """An accumulator of zeros for inputs of each of these many columns, and the one tensor that all of them lie in."""
-    memory = torch.zeros(1, sum(columns), dtype=torch.float64)
+    memory = torch.zeros(1, sum(columns), dtype=torch.float64, device=_CPU)
     run, order, address, made = library().fps_column_norm, _ORDS[ord], memory.data_ptr(), []
     for norm, count in zip(memory.split(list(columns), dim=1), columns, strict=True):
         made.append(ColumnNorms(norm, count, address, order, run))

@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fps_kernels.ops.transfers import fetched
 from fps_kernels.selection.weight_selection import WeightSelection
 from fps_kernels.storage.checked_file import distrusted, read, texts, texts_by_name, write
 from fps_kernels.weights.matrix import MatrixLayout
@@ -120,7 +121,11 @@ class Selection(Mapping[str, WeightSelection]):
 
     def to(self, device: torch.device | str) -> Self:
         """The same selection with its indices on ``device``."""
-        return replace(self, weights={name: w.to(device) for name, w in self.weights.items()})
+        if torch.device(device).type != "cpu":
+            return replace(self, weights={name: w.to(device) for name, w in self.weights.items()})
+        indices = iter(fetched([t for w in self.weights.values() for t in (w.row_offsets, w.columns)]))
+        weights = {n: WeightSelection.trusted(w.layout, next(indices), next(indices)) for n, w in self.weights.items()}
+        return replace(self, weights=weights)
 
     def exclude(self, *patterns: str) -> Self:
         """Without the weights whose names match a glob pattern.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fps_kernels.ops.transfers import sent
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated
 
 
@@ -66,7 +67,7 @@ class WeightSelection:
         """Every entry of a weight."""
         rows, columns = layout.shape
         every = torch.arange(columns, dtype=torch.int32, device=device).repeat(rows)
-        return cls(layout, uniform_row_offsets(rows, columns, device), every)
+        return cls.trusted(layout, uniform_row_offsets(rows, columns, device), every)
 
     @property
     def nnz(self) -> int:
@@ -113,7 +114,7 @@ class WeightSelection:
         """The same entries with their indices on ``device``."""
         if self.columns.device == torch.device(device):
             return self
-        return WeightSelection.trusted(self.layout, self.row_offsets.to(device), self.columns.to(device))
+        return WeightSelection.trusted(self.layout, sent(self.row_offsets, device), sent(self.columns, device))
 
     @classmethod
     def from_flat(cls, layout: MatrixLayout, flat: Tensor) -> "WeightSelection":

@@ -66,6 +66,7 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor]) -> Tun
         )
     survey = Survey.of(model)
     selection, parameters = chosen_parameters(survey, selection)
+    selection = selection.to("cpu")  # where columns are numbered and rows are looked up
     _check(survey, selection, parameters)
     install_hooks()
     made = {

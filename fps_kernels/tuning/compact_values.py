@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from fps_kernels import ops
+from fps_kernels.ops.transfers import sent
 from fps_kernels.selection import WeightSelection
 from fps_kernels.tuning.agreement import Agreement, Seen
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated
@@ -25,7 +26,7 @@ class SelectedEntries(nn.Module):
 
     Attributes:
         name: the weight's name in the model.
-        selection: the chosen entries.
+        selection: the chosen entries; made from one whose indices are on the CPU.
         values: float32 ``[nnz]`` in CSR order, whatever the dtype of the weight.
         own: the parameter ``values``; where ``values`` is another tensor, a functional call has put it there for a while.
         agreed: float32 ``[nnz]``: the values when they and the weight agreed last.
@@ -57,13 +58,15 @@ class SelectedEntries(nn.Module):
         self._place = [(owner, name.rpartition(".")[2], weight)]  # in a list, so that nothing is registered a second time
         self.selection = selection
         self.distinct, self.columns = _numbered(selection)
-        if isinstance(weight, FakeTensor):
+        if isinstance(weight, FakeTensor) and is_simulated(weight):
             if not is_simulated(selection.columns):
                 self._move(weight.fake_mode.from_tensor)
         else:
-            self._move(lambda index: index.to(weight.device))
-        # Where the rows of an attention's three projections begin, known before a compiler asks.
+            self._move(lambda index: sent(index, weight.device))
+        # Where the rows of an attention's three projections begin, known before a compiler asks; where any others do, kept
+        # where the host need not wait for it.
         rows = self.layout.shape[0]
+        self._host_offsets = selection.row_offsets
         self._begins: dict[int, int] = {}
         if not is_simulated(selection.row_offsets):
             thirds = [0, rows // 3, 2 * (rows // 3), rows]
@@ -139,7 +142,7 @@ class SelectedEntries(nn.Module):
     def begin_of(self, row: int) -> int:
         """Number of entries in the rows before ``row``."""
         if row not in self._begins:
-            self._begins[row] = int(self.row_offsets[row])
+            self._begins[row] = int(self._host_offsets[row])
         return self._begins[row]
 
     def slice_of(self, rows: tuple[int, int]) -> slice:
@@ -211,7 +214,7 @@ class SelectedEntries(nn.Module):
         # without copying (`to_empty`) must not touch indices that kernels trust.
         super()._apply(lambda values: values.to(fn(values).device), recurse)  # type: ignore[no-untyped-call]
         device = self.values.device
-        self._move(lambda index: index.to(device))
+        self._move(lambda index: sent(index, device))
         self.agreed = self.agreed.to(device)
         self._link()
         return self

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fps_kernels import ops
+from fps_kernels.ops.transfers import sent, uploaded
 from fps_kernels.selection import Selection, WeightSelection
 from fps_kernels.tuning.agreement import note_written
 from fps_kernels.tuning.compact_values import entries_of
 from fps_kernels.tuning.groups import Options, chosen_parameters, grouped
-from fps_kernels.tuning.optimizer_checks import check_options, check_parameter, check_state, checksum
+from fps_kernels.tuning.optimizer_checks import check_options, check_parameter, check_state, checksums
 from fps_kernels.tuning.places import remember, remembered_places
 from fps_kernels.tuning.step_hooks import check_optimizer, tuners_of, warn_of_missing
-from fps_kernels.tuning.step_plan import STATE, Coefficients, Member, Plans, StepPlan, coefficients_of
+from fps_kernels.tuning.step_plan import STATE, Coefficients, Member, Plans, StepPlan, coefficients_of, on_a_device
 from fps_kernels.tuning.tuner import Tuner
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated
 from fps_kernels.weights.survey import Survey
@@ -183,7 +184,7 @@ class MaskedAdamW(Optimizer):
             if placed[p].layout.parameter_shape != tuple(p.shape):
                 expected = list(placed[p].layout.parameter_shape)
                 raise ValueError(f"{label} has shape {list(p.shape)}, its selection is for {expected}")
-        group["checksums"] = [checksum(selection) for selection in placed.values()]
+        group["checksums"] = checksums(list(placed.values()))
         super().add_param_group(group)
         self._selections.update(placed)
         self._plans = None
@@ -331,18 +332,20 @@ class MaskedAdamW(Optimizer):
         return self._selections[p].layout.writable_matrix(grad)[0]
 
     def _learning_rates_of(self, device: torch.device, groups: list[dict[str, Any]]) -> Tensor:
-        if any(group["capturable"] or isinstance(group["lr"], Tensor) for group in groups):
+        if any(group["capturable"] or on_a_device(group["lr"]) for group in groups):
             rates: dict[int, Tensor] = {}
             for group in groups:
                 if id(group) not in rates:
                     lr = group["lr"]
-                    rate = lr.detach() if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device=device)
-                    rates[id(group)] = rate.to(device, torch.float64).view(())
+                    if on_a_device(lr):
+                        rates[id(group)] = sent(lr.detach(), device, torch.float64).view(())
+                    else:
+                        rates[id(group)] = torch.full((), float(lr), dtype=torch.float64, device=device)
             return torch.stack([rates[id(group)] for group in groups])
         values = tuple(float(group["lr"]) for group in groups)
         cached = self._learning_rates.get(device)
         if cached is None or cached[0] != values:
-            cached = self._learning_rates[device] = (values, torch.tensor(values, dtype=torch.float64, device=device))
+            cached = self._learning_rates[device] = (values, uploaded(values, torch.float64, device))
         return cached[1]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -368,7 +371,7 @@ class MaskedAdamW(Optimizer):
         for i, p in zip(ids, params, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
                 if key in STATE:
-                    there = torch.as_tensor(value).detach()  # old optimizers counted steps in plain numbers
+                    there = torch.as_tensor(value, device=p.device).detach()  # old optimizers counted steps in plain numbers
                     self.state[p][key] = there.to(p.device, torch.float32, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
 """What :class:`~fps_kernels.MaskedAdamW` refuses: options, parameters and saved states."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
+from fps_kernels.ops.transfers import fetched
 from fps_kernels.selection import WeightSelection
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated, unfit
 
@@ -61,9 +62,13 @@ def check_state(index: int, state: Mapping[str, Any] | None, nnz: int) -> None:
             raise ValueError(f"the state of parameter {index}: {key} has shape {list(state[key].shape)}, expected [{nnz}]")
 
 
-def checksum(selection: WeightSelection) -> int:
-    """What tells one choice from another in a saved state."""
-    if is_simulated(selection.columns):
-        return 0
-    first = zlib.crc32(selection.row_offsets.cpu().numpy().tobytes())
-    return zlib.crc32(selection.columns.cpu().numpy().tobytes(), first)
+def checksums(selections: Sequence[WeightSelection]) -> list[int]:
+    """What tells one choice from another in a saved state, of each; the host waits for a GPU once."""
+    there = [s for s in selections if not is_simulated(s.columns)]
+    read = iter(fetched([t for s in there for t in (s.row_offsets, s.columns)]))
+    sums = iter([zlib.crc32(next(read).numpy().tobytes(), _crc(offsets)) for offsets in read])
+    return [0 if is_simulated(s.columns) else next(sums) for s in selections]
+
+
+def _crc(indices: Tensor) -> int:
+    return zlib.crc32(indices.numpy().tobytes())

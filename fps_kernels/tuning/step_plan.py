@@ -174,6 +174,11 @@ class Plans:
         return all_there(self._places) and all(p.grad is None for p in self._idle)
 
 
+def on_a_device(lr: float | Tensor) -> bool:
+    """Whether a learning rate is a tensor that the host would have to wait for."""
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"
+
+
 def coefficients_of(group: Mapping[str, Any]) -> Coefficients:
     """What parameters of one call have in common."""
     beta1, beta2 = group["betas"]

@@ -260,7 +260,7 @@ _OPEN_ATTENTION = opened_attention(_projection, _packed_projections).forward
 
 
 def _part(weight: TunedWeight, part: Tensor, rows: tuple[int, int] | None, transposed: bool) -> Tensor:
-    tuned = become_tuned(part.as_subclass(nn.Parameter))
+    tuned = become_tuned(part if isinstance(part, FakeTensor) else part.as_subclass(nn.Parameter))
     tuned.entries, tuned.rows, tuned.transposed = weight.entries, rows, transposed
     return tuned
 

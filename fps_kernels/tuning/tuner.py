@@ -12,7 +12,7 @@ from fps_kernels.selection import Selection
 from fps_kernels.tuning.agreement import Agreement, Scope
 from fps_kernels.tuning.compact_values import SelectedEntries
 from fps_kernels.tuning.groups import Options, grouped
-from fps_kernels.tuning.optimizer_checks import checksum
+from fps_kernels.tuning.optimizer_checks import checksums
 from fps_kernels.tuning.places import Place, all_there, find_places
 from fps_kernels.tuning.tuned_weight import become_plain, lengthen
 from fps_kernels.weights.buffers import BufferNotes
@@ -181,7 +181,7 @@ class Tuner:
             )
 
     def _checksum(self) -> int:
-        sums = [checksum(e.selection) for e in self._entries.values()]
+        sums = checksums([e.selection for e in self._entries.values()])
         return zlib.crc32(repr((list(self._entries), sums, list(self.dense))).encode())
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -102,7 +102,7 @@ def _checksum(b: Tensor) -> int:
     """
     flat = _bytes(b)
     generator = torch.Generator().manual_seed(0)
-    factors = (torch.randint(-(2**63), 2**63 - 1, (_CHUNK,), generator=generator) | 1).to(b.device)
+    factors = (torch.randint(-(2**63), 2**63 - 1, (_CHUNK,), generator=generator, device="cpu") | 1).to(b.device)
     scratch = torch.empty(8 * _CHUNK, dtype=torch.uint8, device=b.device)  # aligned, whatever the buffer is
     total = torch.zeros((), dtype=torch.int64, device=b.device)
     for part in flat.split(8 * _CHUNK):

@@ -5,6 +5,7 @@ import hashlib
 import torch
 from torch import nn
 
+from fps_kernels.ops.transfers import fetched
 from fps_kernels.weights.matrix import is_simulated
 from fps_kernels.weights.survey import Survey, is_compact
 
@@ -17,14 +18,20 @@ def fingerprint(model: nn.Module | Survey) -> str:
     At most 512 entries of each parameter are looked at, evenly spaced. A model that differs in no more than a few entries
     may have the same fingerprint; two trained models never do. In float32 and bfloat16 a model has the same one.
     """
-    digest = hashlib.sha256()
-    for name, p in own_parameters(model).items():
-        digest.update(f"{name} {list(p.shape)}\n".encode())
+    parameters = own_parameters(model)
+    samples = {}
+    for name, p in parameters.items():
         if p.is_floating_point() and p.numel() and not p.is_meta and not is_simulated(p):
             n = min(_SAMPLED, p.numel())
             places = torch.arange(n, device=p.device) * p.numel() // n
             flat = p.detach().view(-1) if p.is_contiguous() else p.detach().reshape(-1)
-            digest.update(flat[places].to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+            samples[name] = flat[places].to(torch.bfloat16)
+    read = dict(zip(samples, fetched(list(samples.values())), strict=True))
+    digest = hashlib.sha256()
+    for name, p in parameters.items():
+        digest.update(f"{name} {list(p.shape)}\n".encode())
+        if name in read:
+            digest.update(read[name].view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 

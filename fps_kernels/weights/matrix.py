@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fps_kernels import ops
+from fps_kernels.ops.transfers import sent
 from fps_kernels.storage.checked_file import whole_numbers
 
 
@@ -72,17 +73,17 @@ class MatrixLayout:
             return parameter.t(), None
         try:
             return parameter.view(self.shape), None
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # the latter of a simulated one
             columns = self.shape[1]
             order = sorted(range(1, parameter.dim()), key=parameter.stride, reverse=True)
             try:
                 view = parameter.permute(0, *order).view(self.shape)
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 raise ValueError(f"strides {parameter.stride()} allow no view as a matrix: make it contiguous") from error
-            logical = torch.arange(columns, dtype=torch.int32).view(parameter.shape[1:])
-            position = torch.empty(columns, dtype=torch.int32)
-            position[logical.permute([d - 1 for d in order]).flatten().long()] = torch.arange(columns, dtype=torch.int32)
-            return view, position.to(parameter.device)
+            every = torch.arange(columns, dtype=torch.int32, device="cpu")
+            position = torch.empty_like(every)
+            position[every.view(parameter.shape[1:]).permute([d - 1 for d in order]).flatten().long()] = every
+            return view, sent(position, parameter.device)
 
     def unmatrix(self, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`matrix`: ``[O, C]`` in the shape of the parameter."""

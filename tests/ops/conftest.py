@@ -12,7 +12,9 @@ import torch
 from fps_kernels import ops
 
 # A process that interprets Triton has no use for the native kernels; the paths of Triton's kernels need a GPU or it.
-collect_ignore = ["test_native.py", "test_native_library.py"] if ops.interpreted() else []
+# The GPU that tests pretend to have launches compiled kernels.
+_NOT_INTERPRETED = ["test_native.py", "test_native_library.py", "test_tables.py", "test_waits.py"]
+collect_ignore = _NOT_INTERPRETED if ops.interpreted() else []
 if not ops.interpreted() and not torch.cuda.is_available():
     collect_ignore.append("test_triton_paths.py")
 

@@ -23,9 +23,11 @@ class Classifier(nn.Module):
         return self.head(x.mean(1))
 
 
-def images(count: int = 6) -> Tensor:
-    return torch.randn(count, 3, 8, 8)
+def images(count: int = 6, device: torch.device | None = None) -> Tensor:
+    """The same numbers on every device."""
+    return torch.randn(count, 3, 8, 8).to(device)
 
 
-def labelled(count: int = 6, classes: int = 5) -> tuple[Tensor, Tensor]:
-    return images(count), torch.randint(classes, (count,))
+def labelled(count: int = 6, classes: int = 5, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """The same numbers on every device."""
+    return images(count, device), torch.randint(classes, (count,)).to(device)

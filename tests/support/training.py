@@ -12,7 +12,8 @@ RATES = {"lr": 3e-3, "weight_decay": 0.1}
 
 
 def selected(model: nn.Module, density: float = 0.1) -> Selection:
-    return fps.select(model, [images()], budget=fps.PerTensor(density))
+    first = next(model.parameters())
+    return fps.select(model, [images().to(first.device, first.dtype)], budget=fps.PerTensor(density))
 
 
 def loss_of(model: nn.Module, batch) -> torch.Tensor:

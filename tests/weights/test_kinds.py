@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fps_kernels.selection import WeightSelection
 from fps_kernels.weights.kinds import DIMENSIONS, KINDS, READERS, SCORING_READERS
+from fps_kernels.weights.kinds.embedding import Embedding
 from fps_kernels.weights.matrix import MatrixLayout
 from tests.support.tolerances import assert_sums_close
 
@@ -74,6 +75,25 @@ def test_an_embedding_is_trained_and_not_scored():
     dense = w.grad[entries.rows(), entries.columns.long()]
     assert_sums_close(found.kind.sampled_gradient(gy, tokens, entries.row_offsets, entries.columns), dense)
     assert F.embedding not in SCORING_READERS
+
+
+@pytest.mark.parametrize("padding", [-1, 0, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_embeddings_gradient_in_tensors_of_known_sizes_is_the_same(dtype, padding):
+    """As it is computed on a GPU; of whole numbers, whose sums are exact in any order."""
+    tokens = torch.randint(50, (6, 9)).int()
+    tokens[0, 0] = max(padding, 0)
+    gy = torch.randint(-4, 5, (6, 9, 12)).to(dtype)
+    mask = torch.rand(50, 12) < 0.3
+    mask[11:14] = False
+    entries = WeightSelection.from_mask(mask)
+    kind = Embedding(padding)
+    expected = kind.sampled_gradient(gy, tokens, entries.row_offsets, entries.columns)
+    found = kind._without_waiting(gy, tokens, entries.row_offsets, entries.columns)
+    assert torch.equal(found, expected)
+    assert expected.count_nonzero() > 20
+    none = kind._without_waiting(gy[:0], tokens[:0], entries.row_offsets, entries.columns)
+    assert torch.equal(none, torch.zeros(entries.nnz))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ launches follows from the shapes, strides, dtypes and alignments of its argument
 the first time, and hands it addresses the next time.
 """
 
+import threading
 from collections.abc import Hashable
 from typing import Any
 
@@ -88,20 +89,27 @@ def alignment(addresses: tuple[int, ...]) -> tuple[bool, ...] | bool:
 
 
 class Plans:
-    """What an op launches, by all that this depends on."""
+    """What an op launches, by all that this depends on.
+
+    Autograd runs backward passes in threads of its own. To find a plan takes no lock: one is put there whole, and who finds
+    none works it out again, with the same result.
+    """
 
     def __init__(self) -> None:
         self._plans: dict[Hashable, Any] = {}
+        self._lock = threading.Lock()
         self.find = self._plans.get
         _all_plans.append(self)
 
     def note(self, key: Hashable, plan: Any) -> None:
-        if len(self._plans) >= MOST_PLANS:
-            self._plans.clear()
-        self._plans[key] = plan
+        with self._lock:
+            if len(self._plans) >= MOST_PLANS and key not in self._plans:
+                self._plans.clear()
+            self._plans[key] = plan
 
     def forget(self) -> None:
-        self._plans.clear()
+        with self._lock:
+            self._plans.clear()
 
 
 _all_plans: list[Plans] = []

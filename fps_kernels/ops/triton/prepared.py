@@ -26,11 +26,10 @@ class PreparedAgreement(records.PreparedAgreement):
 
     def __init__(self, agreement: Agreement) -> None:
         self._held = agreement
-        device = agreement.weights[0].device
-        blocks = program_blocks(agreement.columns)
-        with torch.cuda.device_of(agreement.weights[0]):
-            self._table = OwnTable(agreement_fields(agreement), device)
-            self._map = OwnTable(map_values(blocks), device)
+        blocks, memory = program_blocks(agreement.columns), agreement.weights[0]
+        with torch.cuda.device_of(memory):
+            self._table = OwnTable(agreement_fields(agreement), memory)
+            self._map = OwnTable(map_values(blocks), memory)
         self._first = [0, *accumulate(count for _, count in blocks)]
         self._compiled: Compiled | None = None
 
@@ -54,10 +53,10 @@ class PreparedAdamW(records.PreparedAdamW):
 
     def __init__(self, tensors: AdamWTensors) -> None:
         super().__init__(tensors)
-        self._device = tensors.weights[0].device
-        with torch.cuda.device_of(tensors.weights[0]):
-            self._table = OwnTable(tensor_fields(tensors), self._device)
-            self._map = OwnTable(map_values(step_blocks(tensors.columns)), self._device)
+        memory = tensors.weights[0]
+        with torch.cuda.device_of(memory):
+            self._table = OwnTable(tensor_fields(tensors), memory)
+            self._map = OwnTable(map_values(step_blocks(tensors.columns)), memory)
         self._compiled: dict[Hashable, Compiled] = {}
         self._changing: OwnTable | None = None
         self._with_rates = False
@@ -98,7 +97,7 @@ class PreparedAdamW(records.PreparedAdamW):
         values = changing_fields(addresses, weight_decays, coefficients, rates or ())
         with torch.cuda.device_of(self._held.weights[0]):
             if self._changing is None or self._with_rates != (rates is not None):
-                self._changing = OwnTable(values, self._device)
+                self._changing = OwnTable(values, self._held.weights[0])
                 self._with_rates = rates is not None
             else:
                 self._changing.write(values)

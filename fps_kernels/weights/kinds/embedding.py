@@ -36,6 +36,8 @@ class Embedding(WeightKind):
         return None
 
     def sampled_gradient(self, gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor) -> Tensor:
+        if not gy.is_cpu:
+            return self._without_waiting(gy, x, row_offsets, columns)
         # One dense row for each different number of the batch, not for each of the vocabulary.
         present, place = x.flatten().unique(return_inverse=True)
         rows = torch.zeros(present.numel(), gy.shape[-1], dtype=torch.float32, device=gy.device)
@@ -48,6 +50,24 @@ class Embedding(WeightKind):
         grad = torch.zeros(columns.numel(), dtype=torch.float32, device=gy.device)
         grad[entries] = rows[owner, columns[entries].long()]
         return grad
+
+    def _without_waiting(self, gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor) -> Tensor:
+        """:meth:`sampled_gradient` where the host would wait for the number of different rows: in tensors of known sizes.
+
+        One dense row for each number of the batch, of which equal numbers share the one where they first occur.
+        """
+        numbers, count = x.flatten().long(), x.numel()
+        first = torch.full((row_offsets.numel() - 1,), count, dtype=torch.int64, device=gy.device)
+        first.scatter_reduce_(0, numbers, torch.arange(count, device=gy.device), "amin")
+        if self.padding >= 0:
+            first[self.padding].fill_(count)
+        rows = torch.zeros(count + 1, gy.shape[-1], dtype=torch.float32, device=gy.device)
+        # In a fixed order, unlike index_add_ on a GPU.
+        rows.index_put_((first[numbers],), gy.reshape(-1, gy.shape[-1]).float(), accumulate=True)
+        rows[count].zero_()  # what padding got, and what everybody reads who does not occur
+        every = torch.arange(row_offsets.numel() - 1, device=gy.device)
+        owner = torch.repeat_interleave(every, row_offsets.diff().long(), output_size=columns.numel())
+        return rows[first[owner], columns.long()]
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight, None if self.padding < 0 else self.padding)
