@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 export FPS_REQUIRE_NATIVE ?= 1
 
-.PHONY: demo test test-suite test-cuda test-oldest soak every-launch fuzz compare kernel-lab lint bench bench-full setup clean
+.PHONY: demo test test-suite test-cuda test-torch test-oldest soak every-launch fuzz compare kernel-lab lint bench bench-full setup clean
 
 setup: $(SETUP)
 
@@ -61,23 +61,22 @@ fuzz: $(SETUP)
 	mkdir -p build/corpus
 	$(BIN)/python tests/deltas/fuzz_delta.py -max_total_time=$(SECONDS) build/corpus
 
-# The suite on the oldest torch that pyproject.toml allows. It is read from there, so that what is promised is what is tried;
-# torchvision follows, since every version of it belongs to one of torch.
-OLDEST := build/oldest
-# The interpreter of the Triton that comes with it takes arrays of one number for numbers, which NumPy 2.4 does not.
-OLDEST_NUMPY := 'numpy<2.4'
-OLDEST_TORCH := torch==$(shell sed -n 's/^ *"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml).*
+# The suite on another torch, `make test-torch TORCH=2.11`; torchvision and Triton follow, since each of theirs belongs to one of torch.
+TORCH ?= $(error TORCH=<version> is missing)
+OTHER = build/torch-$(TORCH)
+# The interpreter of the Triton that comes with torch 2.10 and 2.11 takes arrays of one number for numbers, which NumPy 2.4 does not.
+OTHER_NUMPY = $(if $(filter 2.10 2.11,$(TORCH)),'numpy<2.4',numpy)
 
-$(OLDEST)/.installed: pyproject.toml $(shell find csrc -type f)
-	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet '$(OLDEST_TORCH)' torchvision
-	$(OLDEST)/bin/python -m pip install --quiet --editable '.[dev]' '$(OLDEST_TORCH)' $(OLDEST_NUMPY)
-	touch $@
+test-torch:
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet 'torch==$(TORCH).*' torchvision
+	$(OTHER)/bin/python -m pip install --quiet --editable '.[dev]' 'torch==$(TORCH).*' $(OTHER_NUMPY)
+	$(OTHER)/bin/pytest -q -n 2
+	TRITON_INTERPRET=1 $(OTHER)/bin/pytest -q -n 2 tests/ops
 
-# How well kernels compile is a matter of Triton, which comes with torch: torch 2.10's spills 8 bytes of one of them on sm_80.
-test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/pytest -q -n 2 -k "not test_compiles_well"
-	TRITON_INTERPRET=1 $(OLDEST)/bin/pytest -q -n 2 tests/ops
+# The oldest that pyproject.toml allows. It is read from there, so that what is promised is what is tried.
+test-oldest:
+	$(MAKE) test-torch TORCH=$(shell sed -n 's/^ *"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
 # Every Triton kernel, executed on the CPU as an A100 and an H100 would: results, faults, memory traffic. docs/kernel-lab.md.
 kernel-lab: $(SETUP)
