@@ -1,15 +1,19 @@
 """Calls on the shapes of real networks, without their memory: what the compile tests and the report go through."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fps_kernels.ops import triton as backend
 from fps_kernels.ops.records import AdamWOptions, AdamWTensors, Agreement, Convolution
 from fps_kernels.ops.triton.gradients import sampled_grad_with_bias
+from fps_kernels.ops.triton.target import assume
+from kernel_lab import compilation
 
 BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
 SECTOR = 32  # bytes: the least that memory moves for a scattered entry
@@ -23,7 +27,8 @@ class Case:
         name: what and how large.
         op: the function of the Triton backend.
         arguments: for the op, on the ``meta`` device.
-        bytes: the least that the op as designed must move to and from memory; 0 where that is of no interest.
+        bytes: the least that the op as designed must move to and from memory, what its launches leave for one another
+            included; 0 where that is of no interest.
         wide: whether the kernels that read matrices must do so by 16 bytes: everything is contiguous and aligned.
     """
 
@@ -55,6 +60,31 @@ def vit_weights(blocks: int, width: int, dtype: torch.dtype) -> list[Tensor]:
 
 def cases() -> Iterator[Case]:
     """Every kernel of the backend, in the specialisations that matter."""
+    for case in _cases():
+        yield replace(case, bytes=case.bytes + 2 * workspace(case)) if case.bytes else case
+
+
+def workspace(case: Case) -> int:
+    """Bytes that the op allocates and does not return: its launches write them once and read them once."""
+    allocations = _Allocations()
+    with allocations, compilation.recording("sm_90", []), assume("sm_90"):
+        result = case.op(*case.arguments)
+    return allocations.bytes - _size(*(t for t in tree_leaves(result) if isinstance(t, Tensor)))
+
+
+class _Allocations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.name() in ("aten::empty.memory_format", "aten::zeros", "aten::new_empty"):
+            self.bytes += _size(result)
+        return result
+
+
+def _cases() -> Iterator[Case]:
     yield from _column_norms()
     yield from _convolutions()
     yield from _topk()

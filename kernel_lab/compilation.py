@@ -123,13 +123,15 @@ def record(target: str, op: Callable[..., object], *arguments: Any) -> list[Laun
         arguments: as for the op; tensors on the ``meta`` device, whose address 0 counts as aligned.
     """
     launches: list[Launch] = []
-    with _recording(target, launches), assume(target):
+    with recording(target, launches), assume(target):
         op(*arguments)
     return launches
 
 
 @contextmanager
-def _recording(target: str, launches: list[Launch]) -> Iterator[None]:
+def recording(target: str, launches: list[Launch]) -> Iterator[None]:
+    """Let ops of the Triton backend append their launches to a list, in place of making them."""
+
     class Recorder:
         def __init__(self, kernel: Any) -> None:
             self.kernel = kernel

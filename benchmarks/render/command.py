@@ -28,6 +28,11 @@ A commit that git does not know was squashed with others before it was published
 Memory is the peak of live tensors and exact. Times are noisy on a shared machine; ratios are medians over alternating rounds
 of one run. **No GPU has been measured**: what is said of one is calculated.
 """
+EXECUTED = (
+    "What the kernels compute and touch when a CPU executes the PTX that they compile to, for an H100 "
+    "([how](kernel-lab.md)): no time is measured. Sectors have 32 bytes. Left of an arrow: before the kernels were mended "
+    "by what this shows."
+)
 SCALING = """Exponents of power laws, fitted by least squares of the logarithms, ± their standard error; `beyond the weights`
 fits what is needed besides the model. Models are ViTs in float32. FPS goes through a batch in micro-batches of one image.
 `attach` has 4 entries a neuron where they are not what is varied, and random weights, which spread a choice over more
@@ -108,6 +113,8 @@ def page() -> tuple[str, list[plots.Plot]]:
         add("CPU kernels", tables.kernels(content, every=True))
     if content := load("triton_report"):
         add("Triton kernels, calculated", f"{content['note'].capitalize()}.", tables.triton(content))
+    if content := load("executed_kernels"):
+        add("Triton kernels, executed on the CPU", EXECUTED, tables.executed(content, load("executed_kernels_before")))
     return "\n".join(parts), drawn
 
 

@@ -8,6 +8,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import triton
 
 from kernel_lab.ptx import report
 from kernel_lab.ptx.cases import Case, cases
@@ -85,7 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n" + report.table(results))
     print(f"\n{len(results)} cases, {bad} with problems, {time.perf_counter() - begun:.0f} s")
     if wanted.json:
-        wanted.json.write_text(json.dumps(results, indent=1) + "\n")
+        told = " ".join(sys.argv[1:] if arguments is None else arguments)
+        content = {"command": f"python -m kernel_lab.ptx {told}", "torch": torch.__version__, "triton": triton.__version__}
+        wanted.json.write_text(json.dumps({**content, "cases": results}, indent=1) + "\n")
     return int(bad > 0 or not results)
 
 

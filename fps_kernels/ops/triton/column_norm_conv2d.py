@@ -12,9 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fps_kernels.ops.records import Convolution
-from fps_kernels.ops.triton.column_norm import TARGET_PROGRAMS, accumulate, larger, ord_code
+from fps_kernels.ops.triton.column_norm import accumulate, larger, ord_code
 from fps_kernels.ops.triton.target import AS_WRITTEN
 
+# Two for each SM of an H100, whose threads have eight loads of 16 bytes on their way: more images at a time are fewer sums.
+TARGET_PROGRAMS = 264
 BLOCK_PIXELS = 1024  # 16 bytes of bfloat16 for each thread
 IMAGES = 8  # whose loads are on their way at the same time
 MOST_IMAGES = 64  # that float32 may add

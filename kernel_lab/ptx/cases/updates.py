@@ -178,7 +178,7 @@ def _agreements() -> Iterator[Case]:
         return weights, [o for o, _ in selections], [c for _, c in selections], values, agreed
 
     def least(arguments: Arguments) -> int:
-        """What changed is written: some of each eight values and of what both agreed on, and weights where values changed."""
+        """What changed is written: some of each eight values and of what both agreed on, weights where values changed."""
         values, agreed = arguments[3:]
         changed = sum(int((value != noted).sum()) for value, noted in zip(values, agreed, strict=True))
         return elements(arguments) * (12 + 8 + SECTOR) + changed * SECTOR

@@ -101,7 +101,9 @@ def test_the_command(capsys, tmp_path, monkeypatch) -> None:
     )
     assert row.split()[:4] == ["score_topk", "fp32", "sm_90", "1"]
     assert total.startswith("1 cases, 0 with problems")
-    (figures,) = json.loads(file.read_text())
+    content = json.loads(file.read_text())
+    assert content["command"].startswith("python -m kernel_lab.ptx --only score_topk")
+    (figures,) = content["cases"]
     assert figures["least_bytes"] == 9 * 5 * 4 + 3 * 5 * 4 + 9 * 3 * 4
     assert figures["unique_bytes"] >= figures["least_bytes"]
     monkeypatch.setattr(command, "cases", lambda: [replace(SMALL, tolerance=-1.0)])
