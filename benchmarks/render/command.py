@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.render import plots, tables
+from benchmarks.render import executed, plots, tables
 from benchmarks.render.tables import Content, load
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +59,7 @@ def readme_tables() -> dict[str, str | None]:
         "memory": made("memory_vs_gps", tables.memory),
         "selection_time": made("selection_time", tables.selection_time),
         "kernels": made("kernels", tables.kernels),
+        "executed": made("executed_kernels", executed.by_op),
         "training": made("training", lambda content: tables.training(content, README_MODEL)),
         "accuracy": tables.accuracy(tables.accuracy_lines()),
     }
@@ -114,7 +115,7 @@ def page() -> tuple[str, list[plots.Plot]]:
     if content := load("triton_report"):
         add("Triton kernels, calculated", f"{content['note'].capitalize()}.", tables.triton(content))
     if content := load("executed_kernels"):
-        add("Triton kernels, executed on the CPU", EXECUTED, tables.executed(content, load("executed_kernels_before")))
+        add("Triton kernels, executed on the CPU", EXECUTED, executed.by_case(content, load("executed_kernels_before")))
     return "\n".join(parts), drawn
 
 

@@ -188,30 +188,6 @@ def triton(content: Content) -> str:
     return "\n\n".join([markdown(head, body), source({"command": "python -m benchmarks.triton_report", **content})])
 
 
-def executed(content: Content, before: Content | None = None) -> str:
-    """What the compiled Triton kernels did when a CPU executed them, and the same of earlier kernels beside it."""
-    earlier = {} if before is None else {_case(row): row for row in before["cases"]}
-
-    def figures(row: Row) -> tuple[str, str, str]:
-        requested, unique = row["requested_bytes"], row["unique_bytes"]
-        least = f"{unique / row['least_bytes']:.2f}"
-        return f"{requested / unique:.2f}", least, f"{row['instructions_per_element']:.0f}"
-
-    body = []
-    for row in content["cases"]:
-        now = figures(row)
-        if then := earlier.get(_case(row)):
-            now = tuple(f"{was} → {has}" for was, has in zip(figures(then), now, strict=True))
-        exact = "exact" if row["error"] == 0 else f"{row['error']:.0e}"
-        body.append([f"`{row['op']}` {row['dtype']} {row['name']}", exact, str(len(row["problems"])), *now])
-    head = ["", "deviation", "problems", "sectors requested / distinct", "distinct / least bytes", "instructions an element"]
-    return "\n\n".join([markdown(head, body), source(content)])
-
-
-def _case(row: Row) -> tuple[str, str, str]:
-    return row["op"], row["dtype"], row["name"]
-
-
 # ------------------------------------------------------------------------------------------------ accuracy
 
 
