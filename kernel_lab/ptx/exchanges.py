@@ -1,4 +1,4 @@
-"""Exchanges between the lanes of a warp: ``shfl.sync`` and ``redux.sync``."""
+"""Exchanges between the lanes of a warp: ``shfl.sync``, ``redux.sync`` and ``vote.sync.ballot``."""
 
 import numpy as np
 
@@ -13,6 +13,8 @@ def decode(instruction: Instruction) -> Step | None:
         return _shuffle(instruction)
     if instruction.family == "redux":
         return _reduce(instruction)
+    if instruction.opcode == "vote.sync.ballot.b32":
+        return _ballot(instruction)
     return None
 
 
@@ -57,5 +59,20 @@ def _reduce(instruction: Instruction) -> Step:
         batch.check_members(instruction, active, members(batch))
         data = np.broadcast_to(value(batch), batch.threads).reshape(-1, WARP)
         batch.write(index, np.repeat(operation.reduce(data, axis=1, dtype=dtype), WARP), active)
+
+    return step
+
+
+def _ballot(instruction: Instruction) -> Step:
+    """A bit of each lane's truth value, in all lanes; lanes that take no part have a 0."""
+    index = destination(instruction.operands[0])
+    value, members = reader(instruction.operands[1], TYPES["pred"]), reader(instruction.operands[2], UINT32)
+
+    def step(batch: Batch, active: Mask | None) -> None:
+        batch.check_members(instruction, active, members(batch))
+        votes = np.broadcast_to(value(batch), batch.threads)
+        votes = votes if active is None else votes & active
+        bits = votes.reshape(-1, WARP) @ (np.uint32(1) << np.arange(WARP, dtype=np.uint32))
+        batch.write(index, np.repeat(bits.astype(np.uint32), WARP), active)
 
     return step

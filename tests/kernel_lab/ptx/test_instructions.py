@@ -19,6 +19,10 @@ def compute(lines: str, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def _bits(votes: torch.Tensor) -> torch.Tensor:
+    return (votes.long() << torch.arange(32)).sum()
+
+
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
@@ -43,6 +47,7 @@ def compute(lines: str, x: torch.Tensor) -> torch.Tensor:
         ("shfl.sync.up.b32 %r4, %r3, 3, 0, -1;", lambda x: x[[0, 1, 2, *range(29)]]),
         ("shfl.sync.idx.b32 %r4, %r3, 9, 31, -1;", lambda x: x[9].expand(32)),
         ("redux.sync.max.s32 %r4, %r3, -1;", lambda x: x.max().expand(32)),
+        ("setp.lt.s32 %p1, %r3, 2; vote.sync.ballot.b32 %r4, %p1, -1;", lambda x: _bits(x < 2).expand(32)),
     ],
 )  # fmt: skip
 def test_integers(lines: str, expected) -> None:
