@@ -71,6 +71,24 @@ def test_convolution_with_few_programs_for_many_blocks(monkeypatch, programs, la
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("ord", [1.0, 2.0, float("inf")])
+@pytest.mark.parametrize("sums", [1, 200])
+def test_column_norm_conv2d_of_images_too_large_for_one_workspace(monkeypatch, sums, ord, channels_last):
+    """Some lines at a time, of which windows reach over the edges."""
+    monkeypatch.setattr(module("column_norm_conv2d"), "MOST_SUMS", sums)
+    x = torch.randn(3, 4, 9, 11, device=DEVICE)
+    x[0, 1, 2, 3] = float("inf")
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    got = torch.rand(1, 4 * 15, dtype=torch.float64, device=DEVICE)
+    expected = got.clone()
+    convolution = Convolution((3, 5), (1, 2), (1, 0, 2, 2), (2, 1), 1)
+    backend.column_norm_conv2d_(x, got, convolution, ord)
+    reference.column_norm_conv2d_(x, expected, convolution, ord)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("fill", ["random", "tied", "nan"])
 def test_topk_of_rows_too_long_for_registers(monkeypatch, fill):
     for name in ("MOST_ROUNDS", "MOST_REGISTER_COLUMNS", "MOST_REGISTER_COLUMNS_SM_8_9", "MOST_SCATTERED_COLUMNS"):
