@@ -168,7 +168,7 @@ def global_select(weights: list[Tensor], factors: list[Tensor], k: int) -> list[
     for W, a, above, same in zip(weights, factors, greater.tolist(), equal.tolist(), strict=True):
         here = min(ties, same)
         ties -= here
-        chosen.append(ops.score_select(W, a, threshold, here, above + here))
+        chosen.append(ops.score_select(W, a, threshold, above + here))
     return chosen
 
 

@@ -129,14 +129,10 @@ def select() -> Case:
     weights, factors = weights_and_factors()
     scores = contestants.scores(weights, factors)
     threshold = contestants.kth(scores, sum(W.numel() for W in weights) // 100)
-    ties = [int((s == threshold).sum()) for s in scores]
     counts = [int((s >= threshold).sum()) for s in scores]
 
     def op() -> list[contestants.Csr]:
-        return [
-            ops.score_select(W, a, threshold, same, nnz)
-            for W, a, same, nnz in zip(weights, factors, ties, counts, strict=True)
-        ]
+        return [ops.score_select(W, a, threshold, nnz) for W, a, nnz in zip(weights, factors, counts, strict=True)]
 
     def check(found: list[contestants.Csr], expected: list[tuple[Tensor, ...]]) -> None:
         for (row_offsets, columns), (rows, expected_columns) in zip(found, expected, strict=True):

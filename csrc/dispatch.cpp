@@ -14,7 +14,7 @@ namespace {
 
 using namespace fps;
 
-constexpr int ABI = 5; // native.py refuses a library left over from another version
+constexpr int ABI = 6; // native.py refuses a library left over from another version
 
 #define FPS_TABLE(isa)                                                                                                      \
     {isa::column_norm,  isa::column_norm_conv2d, isa::score_topk,     isa::score_kth,    isa::score_select,                 \
@@ -82,9 +82,9 @@ FPS_API int fps_score_kth(const Matrix* w, int64_t n, int64_t k, float* threshol
     return kernels().score_kth(w, n, k, threshold, greater, equal, threads);
 }
 
-FPS_API int fps_score_select(const Matrix* w, const float* threshold, int64_t ties, int64_t nnz, int32_t* row_offsets,
-                             int32_t* columns, int threads) {
-    return kernels().score_select(*w, *threshold, ties, nnz, row_offsets, columns, threads);
+FPS_API int fps_score_select(const Matrix* w, const float* threshold, int64_t nnz, int32_t* row_offsets, int32_t* columns,
+                             int threads) {
+    return kernels().score_select(*w, *threshold, nnz, row_offsets, columns, threads);
 }
 
 FPS_API int fps_sampled_grad(const Images* gy, const Images* x, const Convolution* conv, const int32_t* row_offsets,

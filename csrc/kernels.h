@@ -98,8 +98,7 @@ typedef int ColumnNorm(const Matrix& x, double* acc, int64_t order, int threads)
 typedef int ColumnNormConv2d(const Images& x, const Convolution& conv, double* acc, int64_t order, int threads);
 typedef int ScoreTopk(const Matrix& w, int64_t k, int32_t* columns, int threads);
 typedef int ScoreKth(const Matrix* w, int64_t n, int64_t k, float* threshold, int64_t* greater, int64_t* equal, int threads);
-typedef int ScoreSelect(const Matrix& w, float threshold, int64_t ties, int64_t nnz, int32_t* row_offsets, int32_t* columns,
-                        int threads);
+typedef int ScoreSelect(const Matrix& w, float threshold, int64_t nnz, int32_t* row_offsets, int32_t* columns, int threads);
 typedef int SampledGrad(const Images& gy, const Images& x, const Convolution& conv, const int32_t* row_offsets,
                         const int32_t* columns, float* grad, int threads);
 typedef int LinearGradientsOf(const LinearGradients& of, int threads);

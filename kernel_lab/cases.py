@@ -161,7 +161,7 @@ def _thresholds() -> Iterator[Case]:
 
     def select(name: str, W: Tensor, wide: bool = True) -> Case:
         nnz = W.numel() // 100
-        arguments = (W, tensor(1, W.shape[1]), tensor(), 3, nnz)
+        arguments = (W, tensor(1, W.shape[1]), tensor(), nnz)
         return Case(f"score_select {name}", backend.score_select, arguments, 2 * _size(W) + 4 * nnz, wide)
 
     for dtype in (BF16, FP16, FP32):
@@ -323,7 +323,7 @@ def _extremes() -> Iterator[Case]:
         calls += [(backend.score_topk, (W, tensor(1, W.shape[1]), k)) for k in {1, min(2, W.shape[1]), W.shape[1]}]
         calls += [
             (backend.score_kth, ([W], [tensor(1, W.shape[1])], 1)),
-            (backend.score_select, (W, tensor(1, W.shape[1]), tensor(), 0, nnz)),
+            (backend.score_select, (W, tensor(1, W.shape[1]), tensor(), nnz)),
             (backend.scatter_values_, (W, *csr, tensor(nnz))),
         ]
     by_passes = torch.empty_strided((1, 9000), (2**31 + 16, 1), device="meta")

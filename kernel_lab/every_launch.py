@@ -133,7 +133,7 @@ def _scores(draw: random.Random) -> Call:
     if way == "kth":
         other = _matrix(draw, *_two_sizes(draw))
         return backend.score_kth, ([W, other], [a, torch.empty(1, other.shape[1], device="meta")], draw.choice([1, 16, 17]))
-    return backend.score_select, (W, a, torch.empty((), device="meta"), draw.choice([0, 1, 16]), draw.choice([1, 16, 33]))
+    return backend.score_select, (W, a, torch.empty((), device="meta"), draw.choice([1, 16, 33]))
 
 
 def _gradients(draw: random.Random) -> Call:

@@ -66,8 +66,8 @@ def _ops(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Callable[[
     def threshold() -> list[Tensor]:
         weights, factors = [random(300, 200), random(64, 32)], [random(200).float().abs(), random(32).float().abs()]
         kth, greater, equal = ops.score_kth(weights, factors, 1000)
-        above, ties = int(greater[0]), min(1000 - int(greater.sum()), int(equal[0]))
-        return [kth, greater, equal, *ops.score_select(weights[0], factors[0], kth, ties, above + ties)]
+        nnz = int(greater[0]) + min(1000 - int(greater.sum()), int(equal[0]))
+        return [kth, greater, equal, *ops.score_select(weights[0], factors[0], kth, nnz)]
 
     def gradient(k: int) -> list[Tensor]:
         return [ops.sampled_grad(random(900, 128), random(900, 200), *entries(k, 128, 200, device))]

@@ -25,8 +25,7 @@ struct Block { // a block of rows: what it chooses, and where that begins
 };
 
 template <class T>
-int score_select_of(const Matrix& w, int32_t threshold_key, int64_t ties, int64_t nnz, int32_t* row_offsets,
-                    int32_t* columns, int threads) {
+int score_select_of(const Matrix& w, int32_t threshold_key, int64_t nnz, int32_t* row_offsets, int32_t* columns, int threads) {
     const I threshold = broadcast(threshold_key);
     const int64_t block_rows = most(TILE_ROWS, least(1024, BLOCK_ENTRIES / w.cols)), n_blocks = ceil_div(w.rows, block_rows);
     Scratch<Block> blocks(n_blocks);
@@ -56,15 +55,17 @@ int score_select_of(const Matrix& w, int32_t threshold_key, int64_t ties, int64_
         }
 #pragma omp single
         {
-            int64_t at = 0, left = ties;
-            for (int64_t b = 0; !failed && b < n_blocks; ++b) {
+            int64_t at = 0, left = nnz; // of those equal to the threshold, what those above it leave
+            for (int64_t b = 0; !failed && b < n_blocks; ++b) left -= blocks.data[b].greater;
+            wrong = failed || left < 0;
+            for (int64_t b = 0; !wrong && b < n_blocks; ++b) {
                 Block& block = blocks.data[b];
                 block.at = at;
                 block.ties = least(left, block.equal);
                 left -= block.ties;
                 at += block.greater + block.ties;
             }
-            wrong = failed || at != nnz;
+            wrong = wrong || at != nnz;
             row_offsets[0] = 0;
         }
 #pragma omp for schedule(dynamic)
@@ -87,12 +88,11 @@ int score_select_of(const Matrix& w, int32_t threshold_key, int64_t ties, int64_
 
 } // namespace
 
-int fps::FPS_ISA::score_select(const Matrix& w, float threshold, int64_t ties, int64_t nnz, int32_t* row_offsets,
-                               int32_t* columns, int threads) {
+int fps::FPS_ISA::score_select(const Matrix& w, float threshold, int64_t nnz, int32_t* row_offsets, int32_t* columns,
+                               int threads) {
     // Scores are not negative: every one of them lies above a negative threshold.
     const int32_t threshold_key = threshold < 0 ? -1 : key(threshold, 1.0f);
     return with_dtype(w.dtype, [&](auto element) {
-        return score_select_of<decltype(element)>(w, threshold_key, threshold < 0 ? 0 : ties, nnz, row_offsets, columns,
-                                                  threads);
+        return score_select_of<decltype(element)>(w, threshold_key, nnz, row_offsets, columns, threads);
     });
 }

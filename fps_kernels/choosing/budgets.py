@@ -174,19 +174,13 @@ class _EachWeight(Budget):
 
     def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
         """The best entries of every weight."""
-        return _finished(self.begin(weights))
-
-    def begin(self, weights: list[ScoredWeight]) -> Begun:
-        """The thresholds; which of the entries that are equal to one are chosen depends on how many there are."""
-        begun = [_begin_best([w], self.count(w.layout)) for w in weights]
-
-        def finish(read: Sequence[Tensor]) -> dict[str, WeightSelection]:
-            chosen: dict[str, WeightSelection] = {}
-            for i, one in enumerate(begun):
-                chosen |= one.finish(read[2 * i : 2 * i + 2])
-            return chosen
-
-        return Begun([t for one in begun for t in one.unread], finish)
+        chosen = {}
+        for w in weights:
+            matrix, count = w.matrix, self.count(w.layout)
+            threshold, _, _ = ops.score_kth([matrix], [w.factors], count)
+            csr = ops.score_select(matrix, w.factors, threshold, count)
+            chosen[w.name] = WeightSelection.trusted(w.layout, *csr)
+        return chosen
 
     def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
         """As many entries, drawn uniformly."""
@@ -264,8 +258,9 @@ class Global(Budget):
         """Every weight will do."""
 
     def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
-        """The best entries of all weights together."""
-        return _finished(self.begin(weights))
+        """The best entries of all weights together; equal scores go to the earlier entry."""
+        begun = self.begin(weights)
+        return begun.finish(fetched(begun.unread))
 
     def begin(self, weights: list[ScoredWeight]) -> Begun:
         """The threshold; how many entries of a weight lie above it is not known yet."""
@@ -275,7 +270,24 @@ class Global(Budget):
                 f"a Global budget compares all weights, which lie on {', '.join(sorted(devices))}: use PerTensor or "
                 "PerNeuron, or bring the model to one device"
             )
-        return _begin_best(weights, _count(self.density, sum(w.values.numel() for w in weights)))
+        matrices, factors = [w.matrix for w in weights], [w.factors for w in weights]
+        count = _count(self.density, sum(w.values.numel() for w in weights))
+        threshold, greater, equal = ops.score_kth(matrices, factors, count)
+        held = matrices if threshold.is_cpu else None  # copies of channels-last weights, of which a GPU would hold many
+
+        def finish(read: Sequence[Tensor]) -> dict[str, WeightSelection]:
+            above, same = (counts.tolist() for counts in read)
+            ties_left = count - sum(above)
+            chosen = {}
+            for i, (w, n_above, n_same) in enumerate(zip(weights, above, same, strict=True)):
+                ties = min(ties_left, n_same)
+                ties_left -= ties
+                matrix = w.matrix if held is None else held[i]
+                csr = ops.score_select(matrix, w.factors, threshold, n_above + ties)
+                chosen[w.name] = WeightSelection.trusted(w.layout, *csr)
+            return chosen
+
+        return Begun((greater, equal), finish)
 
     def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
         """As many entries, drawn uniformly."""
@@ -294,31 +306,6 @@ def check_budget(budget: Any) -> None:
     """Refuse what is no budget."""
     if not isinstance(budget, Budget):
         raise TypeError(f"budget must be PerNeuron, PerTensor, LikeLoRA or Global, got {budget!r}")
-
-
-def _begin_best(weights: list[ScoredWeight], count: int) -> Begun:
-    """The ``count`` largest scores of all weights together; equal scores go to the earlier entry."""
-    matrices, factors = [w.matrix for w in weights], [w.factors for w in weights]
-    threshold, greater, equal = ops.score_kth(matrices, factors, count)
-    held = matrices if threshold.is_cpu else None  # copies of channels-last weights, of which a GPU would hold many
-
-    def finish(read: Sequence[Tensor]) -> dict[str, WeightSelection]:
-        above, same = (counts.tolist() for counts in read)
-        ties_left = count - sum(above)
-        chosen = {}
-        for i, (w, n_above, n_same) in enumerate(zip(weights, above, same, strict=True)):
-            ties = min(ties_left, n_same)
-            ties_left -= ties
-            matrix = w.matrix if held is None else held[i]
-            csr = ops.score_select(matrix, w.factors, threshold, ties, n_above + ties)
-            chosen[w.name] = WeightSelection.trusted(w.layout, *csr)
-        return chosen
-
-    return Begun((greater, equal), finish)
-
-
-def _finished(begun: Begun) -> dict[str, WeightSelection]:
-    return begun.finish(fetched(begun.unread))
 
 
 def _draw_distinct(total: int, count: int, generator: torch.Generator) -> Tensor:

@@ -126,20 +126,19 @@ def score_kth(weights: list[Tensor], factors: list[Tensor], k: int) -> tuple[Ten
     return threshold, greater, equal
 
 
-def score_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) -> tuple[Tensor, Tensor]:
+def score_select(W: Tensor, a: Tensor, threshold: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     """:func:`.reference.score_select` in two reads of ``W`` ``[O, C]``."""
     row_offsets = torch.empty(W.shape[0] + 1, dtype=torch.int32, device=_CPU)
     columns = torch.empty(nnz, dtype=torch.int32, device=_CPU)
     status = library().fps_score_select(
         table(_matrix(W, a)),
         threshold.data_ptr(),
-        ties,
         nnz,
         row_offsets.data_ptr(),
         columns.data_ptr(),
         torch.get_num_threads(),
     )
-    check(status, f"nnz must be the number of entries chosen, got {nnz}")
+    check(status, f"nnz must be what the threshold divides, got {nnz}")
     return row_offsets, columns
 
 

@@ -81,16 +81,18 @@ def score_kth(weights: list[Tensor], factors: list[Tensor], k: int) -> tuple[Ten
     return threshold, torch.stack(greater), torch.stack(equal)
 
 
-def score_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) -> tuple[Tensor, Tensor]:
-    """CSR of the entries whose score is above ``threshold``, and of the first ``ties`` (row by row) equal to it."""
+def score_select(W: Tensor, a: Tensor, threshold: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
+    """CSR of the entries whose score is above ``threshold``, and of the first (row by row) equal to it: ``nnz`` in all."""
     s = scores(W, a)
-    equal = _same(s, threshold)
-    chosen = _above(s, threshold) | (equal & (equal.flatten().cumsum(0).view_as(s) <= ties))
+    above, equal = _above(s, threshold), _same(s, threshold)
+    chosen = above | (equal & (equal.flatten().cumsum(0).view_as(s) <= nnz - above.sum()))
     row_offsets = torch.zeros(W.shape[0] + 1, dtype=torch.int32, device=W.device)
     row_offsets[1:] = chosen.sum(1).cumsum(0)
     columns = chosen.nonzero()[:, 1].int()
     if columns.numel() != nnz:
-        raise ValueError(f"nnz must be the number of entries chosen, {columns.numel()}, got {nnz}")
+        raise ValueError(
+            f"nnz must be what the threshold divides, {int(above.sum())} to {int((above | equal).sum())}, got {nnz}"
+        )
     return row_offsets, columns
 
 

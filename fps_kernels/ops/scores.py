@@ -88,39 +88,36 @@ def _(weights: Sequence[Tensor], factors: Sequence[Tensor], k: int) -> tuple[Ten
 
 
 @custom_op("fps_kernels::score_select", mutates_args=())
-def score_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) -> tuple[Tensor, Tensor]:
-    """The entries of one tensor above a threshold, and the first ``ties`` equal to it in row-major order, as CSR.
+def score_select(W: Tensor, a: Tensor, threshold: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
+    """The ``nnz`` best entries of one tensor, as CSR: those above a threshold, then the first, row by row, equal to it.
 
     Args:
         W: ``[O, C]`` float32, bfloat16 or float16, any strides.
         a: ``[C]`` or ``[G, C]`` float32.
         threshold: float32 scalar tensor, from :func:`score_kth`.
-        ties: how many entries equal to the threshold to take.
-        nnz: the number of entries that this chooses, from the counts of :func:`score_kth`.
+        nnz: how many entries, from the counts of :func:`score_kth`; of a tensor that was alone there, its ``k``.
 
     Returns:
         ``row_offsets`` int32 ``[O + 1]`` and ``columns`` int32 ``[nnz]``.
 
     Raises:
         TypeError: wrong dtype.
-        ValueError: wrong shape or device, ``nnz`` over 2**31 - 1, or an ``nnz`` that is not what is chosen
+        ValueError: wrong shape or device, ``nnz`` over 2**31 - 1, fewer than lie above the threshold, or more than reach it
             (not checked on a GPU, where that would wait for the device).
     """
     a = factor_matrix(W, a)
     check_dtype("threshold", threshold, torch.float32)
     check_device("threshold", threshold, W.device)
     check_shape("threshold", threshold, ())
-    if not 0 <= ties <= nnz <= min(W.numel(), MAX_NNZ):
-        raise ValueError(
-            f"ties and nnz must satisfy 0 <= ties <= nnz <= {min(W.numel(), MAX_NNZ)}, got ties={ties}, nnz={nnz}"
-        )
+    if not 0 <= nnz <= min(W.numel(), MAX_NNZ):
+        raise ValueError(f"nnz must be between 0 and {min(W.numel(), MAX_NNZ)}, got {nnz}")
     if W.numel() == 0:
         zeros = torch.zeros(W.shape[0] + 1, dtype=torch.int32, device=W.device)
         return zeros, torch.empty(0, dtype=torch.int32, device=W.device)
-    result: tuple[Tensor, Tensor] = implementation("score_select", W.device).score_select(W, a, threshold, ties, nnz)
+    result: tuple[Tensor, Tensor] = implementation("score_select", W.device).score_select(W, a, threshold, nnz)
     return result
 
 
 @score_select.register_fake
-def _(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) -> tuple[Tensor, Tensor]:
+def _(W: Tensor, a: Tensor, threshold: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     return W.new_empty((W.shape[0] + 1,), dtype=torch.int32), W.new_empty((nnz,), dtype=torch.int32)

@@ -27,7 +27,7 @@ FAULTS = (
     Fault("the guard of a global store removed", r"@%p\d+ (st\.global)", r"\1"),
     Fault("the guard of an atomic removed", r"@%p\d+ (atom\.global)", r"\1"),
     Fault("an exchange of lanes that exchanges nothing", r"(shfl\.sync\.bfly\.b32 \t%r\d+, %r\d+), (\d+),", r"\1, 0,"),
-    Fault("a shared store 4 bytes off", r"(st\.shared::cta\.b32 \[ %r\d+ \+ )0", r"\g<1>4"),
+    Fault("a shared store 4 bytes off", r"(st\.shared(?:::cta)?\.b32 \[ %r\d+ \+ )0", r"\g<1>4"),
     Fault("a global store 4 bytes off", r"(st\.global\.b32 \[ %rd\d+ \+ )0", r"\g<1>4"),
     Fault("copies waited for too little", r"cp\.async\.wait_group \t(\d+);", r"cp.async.wait_group \t7;"),
     Fault("matrix products not waited for", r"wgmma\.wait_group\.sync\.aligned (\d+);", r"wgmma.wait_group.sync.aligned 7;"),

@@ -125,7 +125,7 @@ def check_threshold(weights: list[Tensor], factors: list[Tensor], k: int) -> Non
     for i, (W, a) in enumerate(zip(weights, factors, strict=True)):
         ties = min(ties_left, int(equal[i]))
         ties_left -= ties
-        row_offsets, columns = ops.score_select(W, a, threshold, ties, int(greater[i]) + ties)
+        row_offsets, columns = ops.score_select(W, a, threshold, int(greater[i]) + ties)
         mask = chosen[start : start + W.numel()].view(W.shape)
         start += W.numel()
         assert torch.equal(row_offsets.long(), torch.cat([row_offsets.new_zeros(1), mask.sum(1).cumsum(0)]).long())
@@ -184,7 +184,7 @@ def test_opcheck(backend, device):
     torch.library.opcheck(ops.score_topk, (W, a, 2))
     torch.library.opcheck(ops.score_kth, ([W, W.clone()], [a, a.clone()], 5))
     threshold, greater, _ = ops.score_kth([W], [a], 5)
-    torch.library.opcheck(ops.score_select, (W, a, threshold, 1, int(greater) + 1))
+    torch.library.opcheck(ops.score_select, (W, a, threshold, int(greater) + 1))
 
 
 W, A = torch.ones(4, 6), torch.ones(6)
@@ -214,12 +214,13 @@ def test_threshold_bad_arguments():
         ops.score_kth([W], [A], 25)
     with pytest.raises(TypeError, match=r"a\[1\] must be torch.float32"):
         ops.score_kth([W, W], [A, A.double()], 1)
-    with pytest.raises(ValueError, match="ties and nnz must satisfy"):
-        ops.score_select(W, A, torch.tensor(0.5), 3, 2)
+    with pytest.raises(ValueError, match="nnz must be between 0 and 24, got 25"):
+        ops.score_select(W, A, torch.tensor(0.5), 25)
 
 
 def test_select_refuses_a_wrong_count(backend, device):
     if device.type == "cuda":
         return  # would wait for the device: documented
-    with pytest.raises(ValueError, match="nnz"):
-        ops.score_select(W, A, torch.tensor(0.5), 0, 5)
+    for threshold, nnz in ((0.5, 5), (0.5, 23), (1.5, 1)):
+        with pytest.raises(ValueError, match="nnz must be what the threshold divides"):
+            ops.score_select(W, A, torch.tensor(threshold), nnz)

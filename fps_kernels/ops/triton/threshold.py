@@ -30,12 +30,12 @@ def score_kth(weights: list[Tensor], factors: list[Tensor], k: int) -> tuple[Ten
         return launch_radix_passes(weights, factors, k)
 
 
-def score_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) -> tuple[Tensor, Tensor]:
+def score_select(W: Tensor, a: Tensor, threshold: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     """:func:`fps_kernels.ops.reference.score_select`, without waiting for the device."""
     with torch.cuda.device_of(W):
-        row_offsets, columns = launch_select(W, a, threshold, ties, nnz)
+        row_offsets, columns = launch_select(W, a, threshold, nnz)
     if W.device.type == "cpu" and int(row_offsets[-1]) != nnz:
-        raise ValueError(f"nnz must be the number of entries chosen, {int(row_offsets[-1])}, got {nnz}")
+        raise ValueError(f"nnz must be what the threshold divides, got {nnz}")
     return row_offsets, columns
 
 
@@ -119,28 +119,27 @@ def launch_radix_passes(weights: list[Tensor], factors: list[Tensor], k: int) ->
     return threshold, greater, equal
 
 
-def launch_select(W: Tensor, a: Tensor, threshold: Tensor, ties: int, nnz: int) -> tuple[Tensor, Tensor]:
+def launch_select(W: Tensor, a: Tensor, threshold: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     """Counts per row, their prefix sums, then the columns: two reads of ``W``."""
     O, C = W.shape
     block_c = min(512, max(32, triton.next_power_of_2(C)))
     block_r = 2048 // block_c  # 16 entries per thread
     counts = torch.empty(2, O, dtype=torch.int32, device=W.device)
     row_offsets = torch.empty(O + 1, dtype=torch.int32, device=W.device)
-    ties_before = torch.empty(O, dtype=torch.int64, device=W.device)
+    ties_left = torch.empty(O, dtype=torch.int64, device=W.device)
     columns = torch.empty(nnz, dtype=torch.int32, device=W.device)
     grid = (triton.cdiv(O, block_r),)
     matrix = (W, a, threshold, O, C, W.stride(0), W.stride(1), O // a.shape[0])
     shared = share_factors(W, a, block_r)
     limit = register_limit(W.device, 255)
     _count_rows[grid](*matrix, counts, SHARED=shared, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4, **limit, **AS_WRITTEN)
-    _offsets[(1,)](counts, row_offsets, ties_before, O, ties, BLOCK=1024, num_warps=4, **AS_WRITTEN)
+    _offsets[(1,)](counts, row_offsets, ties_left, O, nnz, BLOCK=1024, num_warps=4, **AS_WRITTEN)
     if nnz:
         _fill_rows[grid](
             *matrix,
             row_offsets,
-            ties_before,
+            ties_left,
             columns,
-            ties,
             nnz,
             SHARED=shared,
             BLOCK_R=block_r,
@@ -327,12 +326,17 @@ def _count_rows(
     tl.store(counts_ptr + O + rows, tl.sum(tied, 1), mask=rows < O)
 
 
-@triton.jit(do_not_specialize=["ties"])
-def _offsets(counts_ptr, row_offsets_ptr, ties_before_ptr, O, ties, BLOCK: tl.constexpr):
-    """Second of ``reference.score_select``: prefix sums over the rows, ties going to the first rows that have them.
+@triton.jit(do_not_specialize=["nnz"])
+def _offsets(counts_ptr, row_offsets_ptr, ties_left_ptr, O, nnz, BLOCK: tl.constexpr):
+    """Second of ``reference.score_select``: prefix sums over the rows. What those above the threshold leave of ``nnz`` goes
+    to the first rows that have some equal to it.
 
-    Must move: 8 bytes per row in, 12 out. One program: a weight has thousands of rows, not millions.
+    Must move: 12 bytes per row in, 12 out. One program: a weight has thousands of rows, not millions.
     """
+    ties = tl.zeros([], tl.int64) + nnz
+    for start in range(0, O, BLOCK):
+        rows = start + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
+        ties -= tl.sum(tl.load(counts_ptr + rows, mask=rows < O, other=0).to(tl.int64), 0)
     entries = tl.zeros([], tl.int64)
     tied_entries = tl.zeros([], tl.int64)
     tl.store(row_offsets_ptr, 0)
@@ -340,15 +344,15 @@ def _offsets(counts_ptr, row_offsets_ptr, ties_before_ptr, O, ties, BLOCK: tl.co
         rows = start + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
         above = tl.load(counts_ptr + rows, mask=rows < O, other=0).to(tl.int64)
         tied = tl.load(counts_ptr + O + rows, mask=rows < O, other=0).to(tl.int64)
-        before = tied_entries + tl.cumsum(tied, 0) - tied
-        taken = above + tl.minimum(tied, tl.maximum(ties - before, 0))
-        tl.store(ties_before_ptr + rows, before, mask=rows < O)
+        left = ties - (tied_entries + tl.cumsum(tied, 0) - tied)
+        taken = above + tl.minimum(tied, tl.maximum(left, 0))
+        tl.store(ties_left_ptr + rows, left, mask=rows < O)
         tl.store(row_offsets_ptr + 1 + rows, (entries + tl.cumsum(taken, 0)).to(tl.int32), mask=rows < O)
         entries += tl.sum(taken, 0)
         tied_entries += tl.sum(tied, 0)
 
 
-@triton.jit(do_not_specialize=["ties", "nnz"])
+@triton.jit(do_not_specialize=["nnz"])
 def _fill_rows(
     W_ptr,
     a_ptr,
@@ -359,9 +363,8 @@ def _fill_rows(
     stride_c,
     rows_per_group,
     row_offsets_ptr,
-    ties_before_ptr,
+    ties_left_ptr,
     columns_ptr,
-    ties,
     nnz,
     SHARED: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -375,7 +378,7 @@ def _fill_rows(
     rows = first_row + tl.arange(0, BLOCK_R)  # [R]
     threshold = canonical_key(tl.load(threshold_ptr))
     slot = tl.load(row_offsets_ptr + rows, mask=rows < O, other=0)  # [R] where the row's next column goes
-    ties_left = ties - tl.load(ties_before_ptr + rows, mask=rows < O, other=0)  # [R] int64
+    ties_left = tl.load(ties_left_ptr + rows, mask=rows < O, other=0)  # [R] int64
     for start in range(0, C, BLOCK_C):
         key, columns = _tile_keys(
             W_ptr, a_ptr, rows, first_row, start, O, C, stride_o, stride_c, rows_per_group, SHARED, BLOCK_C

@@ -124,11 +124,11 @@ def _thresholds() -> Iterator[Case]:
 def _selects() -> Iterator[Case]:
     def build(rows: int, columns: int, dtype: torch.dtype, layout: str, fill: str, groups: int, k: int) -> Arguments:
         W, a = filled(rows, columns, dtype, layout, fill, groups)
-        threshold, greater, _ = reference.score_kth([W], [a], k)
-        return W, a, threshold, k - int(greater), k
+        threshold, _, _ = reference.score_kth([W], [a], k)
+        return W, a, threshold, k
 
     def least(arguments: Arguments) -> int:
-        W, a, _, _, nnz = arguments
+        W, a, _, nnz = arguments
         return 2 * size(W, a) + 4 * int(W.shape[0] + nnz)
 
     case = partial(Case, "score_select", least=least, elements=_elements)

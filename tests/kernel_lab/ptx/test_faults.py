@@ -41,6 +41,7 @@ HARMLESS = {
     ("a barrier removed", "_add_splits"): "the loop that it begins is run through once",
     ("the guard of a global load removed", "_histogram"): "what is read instead is a neighbour, and is masked again",
     ("an exchange of lanes that exchanges nothing", "_choose_digit"): "one is of the upper halves of int64 counts: zeros",
+    ("an exchange of lanes that exchanges nothing", "_product"): "of a block's many entries other lanes have some, too",
     ("the guard of a global store removed", "_choose_digit"): "all threads hold the number that one of them stores",
     ("the guard of a global store removed", "_counts"): "all threads hold the number that one of them stores",
     ("the guard of a global store removed", "_count_rows"): "all lanes of a row hold the number that one of them stores",
