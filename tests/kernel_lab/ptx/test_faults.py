@@ -46,6 +46,7 @@ HARMLESS = {
     ("the guard of a global store removed", "_counts"): "all threads hold the number that one of them stores",
     ("the guard of a global store removed", "_count_rows"): "all lanes of a row hold the number that one of them stores",
     ("the guard of an atomic removed", "_histogram"): "what the guard keeps away adds zero",
+    ("a shared store 4 bytes off", "_gather_windows"): "in Triton 3.6's, sums of 1e-5 go to the next entry",
     ("a shared store 4 bytes off", "_product"): "what an earlier maximum left there is as large",
     ("matrix products not waited for", "_product"): "the next product goes on with the same results and is waited for",
 }
