@@ -25,7 +25,8 @@ struct Block { // a block of rows: what it chooses, and where that begins
 };
 
 template <class T>
-int score_select_of(const Matrix& w, int32_t threshold_key, int64_t nnz, int32_t* row_offsets, int32_t* columns, int threads) {
+int score_select_of(const Matrix& w, int32_t threshold_key, int64_t nnz, int32_t* row_offsets, int32_t* columns,
+                    int threads) {
     const I threshold = broadcast(threshold_key);
     const int64_t block_rows = most(TILE_ROWS, least(1024, BLOCK_ENTRIES / w.cols)), n_blocks = ceil_div(w.rows, block_rows);
     Scratch<Block> blocks(n_blocks);
