@@ -229,6 +229,47 @@ def agreement(k: int = 8) -> Case:
     return Case(f"a block of ViT-S, k={k}", lambda: ops.agree_values_(*arguments), plain, check, nnz * (LINE + 12))
 
 
+def packing() -> Case:
+    """Beside it torch's own way to 8 bits: a scale for the whole tensor."""
+    x = torch.randn(TOKENS, 4 * WIDTH)
+    low, high = x.aminmax()
+    scale = float(high - low) / 255
+
+    def plain() -> Tensor:
+        return torch.quantize_per_tensor(x, scale, round(-float(low) / scale), torch.quint8).int_repr()
+
+    def check(packed: tuple[Tensor, Tensor], codes: Tensor) -> None:
+        with ops.use_backend("reference"):
+            expected = ops.pack_groups(x, 8)
+        equal(packed[0], expected[0])
+        assert codes.shape == x.shape
+
+    return Case("GELU's input of ViT-S, 8 bits", lambda: ops.pack_groups(x, 8), plain, check, packed_bytes(x))
+
+
+def unpacking() -> Case:
+    x = torch.randn(TOKENS, 4 * WIDTH)
+    packed = ops.pack_groups(x, 8)
+    codes = torch.quantize_per_tensor(x, 8 / 255, 128, torch.quint8)
+
+    def check(found: Tensor, plain: Tensor) -> None:
+        assert float((found - x).abs().max()) < 0.03
+        assert float((found - plain.clamp(x.min(), x.max())).abs().max()) < 2
+
+    return Case(
+        "GELU's input of ViT-S, 8 bits",
+        lambda: ops.unpack_groups(*packed, x.shape, x.stride(), x.dtype, 8),
+        codes.dequantize,
+        check,
+        packed_bytes(x),
+    )
+
+
+def packed_bytes(x: Tensor) -> int:
+    """Of the numbers, their codes and scales."""
+    return x.nbytes + x.numel() + x.numel() // 8
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "column_norm_": column_norm,
     "column_norm_conv2d_-patches": lambda: convolution((4, 3, 224, 224), 16, 16, 0),
@@ -241,6 +282,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "scatter_values_": scatter,
     "masked_adamw_": adamw,
     "agree_values_": agreement,
+    "pack_groups": packing,
+    "unpack_groups": unpacking,
 }
 
 

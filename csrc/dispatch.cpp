@@ -14,11 +14,12 @@ namespace {
 
 using namespace fps;
 
-constexpr int ABI = 6; // native.py refuses a library left over from another version
+constexpr int ABI = 7; // native.py refuses a library left over from another version
 
 #define FPS_TABLE(isa)                                                                                                      \
-    {isa::column_norm,  isa::column_norm_conv2d, isa::score_topk,     isa::score_kth,    isa::score_select,                 \
-     isa::sampled_grad, isa::linear_gradients,   isa::scatter_values, isa::masked_adamw, isa::agree_values}
+    {isa::column_norm,  isa::column_norm_conv2d, isa::score_topk,       isa::score_kth,                                     \
+     isa::score_select, isa::sampled_grad,       isa::linear_gradients, isa::scatter_values,                                \
+     isa::masked_adamw, isa::agree_values,       isa::pack_groups,      isa::unpack_groups}
 
 #ifdef FPS_X86
 const Kernels TABLES[] = {FPS_TABLE(base), FPS_TABLE(avx2), FPS_TABLE(avx512)};
@@ -105,4 +106,13 @@ FPS_API int fps_masked_adamw(const Update* updates, int64_t n, const AdamW* how,
 
 FPS_API int fps_agree_values(const Agreement* agreements, int64_t n, int threads) {
     return kernels().agree_values(agreements, n, threads);
+}
+
+FPS_API int fps_pack_groups(const Numbers* x, int64_t bits, int64_t key, uint8_t* codes, uint16_t* scales, int threads) {
+    return kernels().pack_groups(*x, bits, key, codes, scales, threads);
+}
+
+FPS_API int fps_unpack_groups(const uint8_t* codes, const uint16_t* scales, int64_t bits, void* out, int64_t n,
+                              int64_t dtype, int threads) {
+    return kernels().unpack_groups(codes, scales, bits, out, n, dtype, threads);
 }

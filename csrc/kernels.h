@@ -83,6 +83,12 @@ struct Agreement { // one tensor of agree_values
     float* agreed; // [nnz]
 };
 
+struct Numbers { // in the order of memory: the first dimension has the longest steps; dimensions of one number come first
+    const void* data;
+    int64_t sizes[4], strides[4];
+    int64_t dtype;
+};
+
 struct AdamW { // of all tensors of masked_adamw
     const double* lrs;
     const double* weight_decays;
@@ -106,6 +112,11 @@ typedef int ScatterValues(const Entries& entries, const void* values, int64_t va
 typedef int MaskedAdamW(const Update* updates, int64_t n, const AdamW& how, int threads);
 typedef int AgreeValues(const Agreement* agreements, int64_t n, int threads);
 
+// `key`: of stochastic rounding, below 2^32, or -1 to round to nearest.
+typedef int PackGroups(const Numbers& x, int64_t bits, int64_t key, uint8_t* codes, uint16_t* scales, int threads);
+typedef int UnpackGroups(const uint8_t* codes, const uint16_t* scales, int64_t bits, void* out, int64_t n, int64_t dtype,
+                         int threads);
+
 struct Kernels {
     ColumnNorm* column_norm;
     ColumnNormConv2d* column_norm_conv2d;
@@ -117,6 +128,8 @@ struct Kernels {
     ScatterValues* scatter_values;
     MaskedAdamW* masked_adamw;
     AgreeValues* agree_values;
+    PackGroups* pack_groups;
+    UnpackGroups* unpack_groups;
 };
 
 #define FPS_DECLARE_KERNELS(isa)                                                                                            \
@@ -131,6 +144,8 @@ struct Kernels {
     ScatterValues scatter_values;                                                                                           \
     MaskedAdamW masked_adamw;                                                                                               \
     AgreeValues agree_values;                                                                                               \
+    PackGroups pack_groups;                                                                                                 \
+    UnpackGroups unpack_groups;                                                                                             \
     }
 
 FPS_DECLARE_KERNELS(base)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fps_kernels.ops import triton as backend
+from fps_kernels.ops.packing import along_memory
 from fps_kernels.ops.records import AdamWOptions, AdamWTensors, Agreement, Convolution
 from fps_kernels.ops.triton.gradients import sampled_grad_with_bias
 from fps_kernels.ops.triton.target import assume
@@ -92,6 +93,7 @@ def _cases() -> Iterator[Case]:
     yield from _gradients()
     yield from _conv_gradients()
     yield from _updates()
+    yield from _packing()
     yield from _extremes()
 
 
@@ -291,6 +293,28 @@ def _updates() -> Iterator[Case]:
         arguments = (W, tensor(3073, dtype=torch.int32), tensor(nnz, dtype=torch.int32), tensor(nnz))
         moved = nnz * (4 + 4 + SECTOR)
         yield Case(f"scatter_values ViT-B/16 fc1, 1 %, {_short(dtype)}", backend.scatter_values_, arguments, moved, False)
+
+
+def _packing() -> Iterator[Case]:
+    def both(name: str, x: Tensor, bits: int, key: int | None, wide: bool) -> Iterator[Case]:
+        numbers = x.numel()
+        codes, scales = tensor(-(-numbers * bits // 8), dtype=torch.uint8), tensor(-(-numbers // 32), 2, dtype=BF16)
+        moved, label = _size(x, codes, scales), f"{name}, {_short(x.dtype)}, {bits} bits"
+        how = ", stochastic" if key else ""
+        yield Case(f"pack_groups {label}{how}", backend.pack_groups, (along_memory(x), bits, key), moved, wide)
+        if key is None:
+            arguments = (codes, scales, tensor(numbers, dtype=x.dtype), bits)
+            yield Case(f"unpack_groups {label}", backend.unpack_groups, arguments, moved, wide)
+
+    for dtype in (BF16, FP16, FP32):
+        for bits in (8, 4):
+            yield from both("ViT-B/16 GELU, batch 64", tensor(64 * 197, 3072, dtype=dtype), bits, None, True)
+    yield from both("ViT-B/16 GELU, batch 64", tensor(64 * 197, 3072, dtype=BF16), 8, 7, True)
+    query = tensor(64, 197, 3, 12, 64, dtype=BF16).permute(2, 0, 3, 1, 4)[0]
+    yield from both("ViT-B/16 queries, batch 64", query, 8, None, False)
+    for size in (1, 33, 2**31 + 16):
+        yield from both(f"{size} numbers", tensor(size, dtype=FP32), 8, None, False)
+    yield from both("far", torch.empty_strided((48, 768), (2**31 + 16, 1), device="meta"), 4, 7, False)
 
 
 def _extremes() -> Iterator[Case]:

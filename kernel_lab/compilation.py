@@ -26,6 +26,7 @@ from fps_kernels.ops.triton import (
     column_norm_conv2d,
     gradients,
     gradients_conv2d,
+    packing,
     splits,
     threshold,
     topk,
@@ -33,7 +34,18 @@ from fps_kernels.ops.triton import (
 )
 from fps_kernels.ops.triton.target import assume
 
-FAMILIES = (column_norm, column_norm_conv2d, topk, threshold, gradients, gradients_conv2d, splits, updates, agreement)
+FAMILIES = (
+    column_norm,
+    column_norm_conv2d,
+    topk,
+    threshold,
+    gradients,
+    gradients_conv2d,
+    splits,
+    updates,
+    agreement,
+    packing,
+)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -49,6 +61,8 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.uint8: "*u8",
 }
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fps_kernels.ops import interpreted
 from fps_kernels.ops import triton as backend
+from fps_kernels.ops.packing import along_memory
 from fps_kernels.ops.records import AdamWOptions, AdamWTensors, Agreement, Convolution
 from fps_kernels.ops.triton.gradients import sampled_grad_with_bias
 from kernel_lab import compilation
@@ -173,7 +174,26 @@ def _updates(draw: random.Random) -> Call:
     return backend.masked_adamw_, (tensors, AdamWOptions(lrs, [0.01], 0.9, 0.999, 1e-8, *flags))
 
 
-CALLS: list[Callable[[random.Random], Call]] = [_norms, _conv_norms, _scores, _scores, _gradients, _conv_gradients, _updates]
+def _packing(draw: random.Random) -> Call:
+    x = along_memory(_matrix(draw, *_two_sizes(draw)))
+    bits, numbers = draw.choice([8, 4]), x.numel()
+    if draw.random() < 0.5:
+        return backend.pack_groups, (x, bits, draw.choice([None, 0, 1, 7, 2**32 - 1]))
+    codes = _vector(-(-numbers * bits // 8), torch.uint8)
+    scales = torch.empty(-(-numbers // 32), 2, dtype=torch.bfloat16, device="meta")
+    return backend.unpack_groups, (codes, scales, _vector(numbers, x.dtype), bits)
+
+
+CALLS: list[Callable[[random.Random], Call]] = [
+    _norms,
+    _conv_norms,
+    _scores,
+    _scores,
+    _gradients,
+    _conv_gradients,
+    _updates,
+    _packing,
+]
 
 
 def compile_all(jobs: Iterable[str | int], target: str) -> tuple[int, list[str]]:

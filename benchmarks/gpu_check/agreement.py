@@ -103,6 +103,11 @@ def _ops(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Callable[[
         ops.agree_values_([W], [csr[0]], [csr[1]], [values], [agreed])
         return [W, values, agreed]
 
+    def pack() -> list[Tensor]:
+        x = random(300, 300)[:, :200]
+        packed = ops.pack_groups(x, 8, 5)
+        return [*packed, ops.unpack_groups(*packed, x.shape, x.stride(), dtype, 8)]
+
     return [
         ("column_norm_", norm, False),
         ("column_norm_conv2d_", image_norm, False),
@@ -114,4 +119,5 @@ def _ops(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Callable[[
         ("scatter_values_", scatter, True),
         ("masked_adamw_", step, False),
         ("agree_values_", agree, True),
+        ("pack_groups, unpack_groups", pack, True),
     ]

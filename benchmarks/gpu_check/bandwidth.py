@@ -68,6 +68,13 @@ def _calls(device: torch.device, shrink: int) -> Iterator[tuple[str, Callable[[]
         columns = torch.randperm(768, device=device)[:160].sort().values.int()
         return partial(random(dtype, M, 768).index_select, 1, columns)
 
+    def pack(dtype: torch.dtype) -> Callable[[], object]:
+        return partial(ops.pack_groups, random(dtype, M, O), 8)
+
+    def unpack(dtype: torch.dtype) -> Callable[[], object]:
+        x = random(dtype, M, O)
+        return partial(ops.unpack_groups, *ops.pack_groups(x, 8), x.shape, x.stride(), dtype, 8)
+
     for dtype in (torch.float32, torch.bfloat16):
         label, size = str(dtype).removeprefix("torch."), dtype.itemsize
         yield f"column_norm_ [{M}, 768] {label}", partial(norm, dtype), M * 768 * size
@@ -79,4 +86,7 @@ def _calls(device: torch.device, shrink: int) -> Iterator[tuple[str, Callable[[]
         yield f"index_select 160 of 768 {label}", partial(kept, dtype), M * 320 * size
         nbytes = sum(rows // shrink * C for rows, C in VIT_B) * size
         yield f"score_kth, 1 % of ViT-B {label}", partial(kth, dtype), nbytes
+        nbytes = M * O * (size + 1) + M * O // 8
+        yield f"pack_groups [{M}, {O}], 8 bits {label}", partial(pack, dtype), nbytes
+        yield f"unpack_groups [{M}, {O}], 8 bits {label}", partial(unpack, dtype), nbytes
         yield f"column_norm_conv2d_, patches {label}", partial(image_norm, dtype), 64 // shrink * 3 * 224 * 224 * size

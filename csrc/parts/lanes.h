@@ -65,24 +65,28 @@ inline void transpose(F* v) {
 #endif
 }
 
-// Lane i of the result is the sum of the LANES numbers from rows[i * LANES] on.
-inline F sum_rows(const float* rows) {
-    F sums[LANES / 4];
-    for (int i = 0; i < LANES / 4; ++i) { // four rows: block b of the result holds their sums over block b
-        const float* four = rows + 4 * i * LANES;
-        const F a = load(four), b = load(four + LANES), c = load(four + 2 * LANES), d = load(four + 3 * LANES);
-        const F ab = low_lanes(a, b) + high_lanes(a, b), cd = low_lanes(c, d) + high_lanes(c, d);
-        sums[i] = low_pairs(ab, cd) + high_pairs(ab, cd);
+// Lane i of the result is made of the lanes of row(i), in pairs, by both(one, another).
+template <class Row, class Both> inline F combine_rows(Row row, Both both) {
+    F made[LANES / 4];
+    for (int i = 0; i < LANES / 4; ++i) { // four rows: block b of the result holds what is made of their blocks b
+        const F a = row(4 * i), b = row(4 * i + 1), c = row(4 * i + 2), d = row(4 * i + 3);
+        const F ab = both(low_lanes(a, b), high_lanes(a, b)), cd = both(low_lanes(c, d), high_lanes(c, d));
+        made[i] = both(low_pairs(ab, cd), high_pairs(ab, cd));
     }
 #if defined(FPS_ISA_avx512)
-    const F low = even_blocks(sums[0], sums[1]) + odd_blocks(sums[0], sums[1]);
-    const F high = even_blocks(sums[2], sums[3]) + odd_blocks(sums[2], sums[3]);
-    return even_blocks(low, high) + odd_blocks(low, high);
+    const F low = both(even_blocks(made[0], made[1]), odd_blocks(made[0], made[1]));
+    const F high = both(even_blocks(made[2], made[3]), odd_blocks(made[2], made[3]));
+    return both(even_blocks(low, high), odd_blocks(low, high));
 #elif defined(FPS_ISA_avx2)
-    return even_blocks(sums[0], sums[1]) + odd_blocks(sums[0], sums[1]);
+    return both(even_blocks(made[0], made[1]), odd_blocks(made[0], made[1]));
 #else
-    return sums[0];
+    return made[0];
 #endif
+}
+
+// Lane i of the result is the sum of the LANES numbers from rows[i * LANES] on.
+inline F sum_rows(const float* rows) {
+    return combine_rows([&](int i) { return load(rows + i * LANES); }, [](F a, F b) { return a + b; });
 }
 
 } // namespace

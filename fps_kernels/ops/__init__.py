@@ -11,6 +11,7 @@ from fps_kernels.ops._checks import FLOAT_DTYPES, MAX_NNZ, ORDS
 from fps_kernels.ops._dispatch import BackendUnavailableError, backend_for, implementation, interpreted, use_backend
 from fps_kernels.ops.gradients import sampled_grad, sampled_grad_conv2d
 from fps_kernels.ops.norms import column_norm_, column_norm_conv2d_
+from fps_kernels.ops.packing import pack_groups, unpack_groups
 from fps_kernels.ops.prepared import prepared_adamw, prepared_agreement
 from fps_kernels.ops.recomputing import recomputed
 from fps_kernels.ops.records import (
@@ -48,6 +49,7 @@ __all__ = [
     "implementation",
     "interpreted",
     "masked_adamw_",
+    "pack_groups",
     "prepared_adamw",
     "prepared_agreement",
     "recomputed",
@@ -57,5 +59,6 @@ __all__ = [
     "score_kth",
     "score_select",
     "score_topk",
+    "unpack_groups",
     "use_backend",
 ]

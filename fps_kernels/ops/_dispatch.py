@@ -31,6 +31,8 @@ OPS = (
     "scatter_values_",
     "masked_adamw_",
     "agree_values_",
+    "pack_groups",
+    "unpack_groups",
 )
 
 _override: str | None = None

@@ -23,6 +23,7 @@ from fps_kernels.ops.native_library import (
     unavailable_reason,
     use_isa,
 )
+from fps_kernels.ops.native_packing import pack_groups, unpack_groups
 from fps_kernels.ops.native_updates import (
     PreparedAdamW,
     PreparedAgreement,
@@ -42,6 +43,7 @@ __all__ = [
     "isa",
     "linear_gradients",
     "masked_adamw_",
+    "pack_groups",
     "sampled_grad",
     "sampled_grad_conv2d",
     "scatter_values_",
@@ -50,6 +52,7 @@ __all__ = [
     "score_topk",
     "supported_isas",
     "unavailable_reason",
+    "unpack_groups",
     "use_isa",
 ]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-ABI = 6
+ABI = 7
 ISAS = ("base", "avx2", "avx512")
 LIBRARY = "libfps_kernels.so"
 
@@ -39,6 +39,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fps_scatter_values": [_P, _P, _N, _INT],
     "fps_masked_adamw": [_P, _N, _P, _INT],
     "fps_agree_values": [_P, _N, _INT],
+    "fps_pack_groups": [_P, _N, _N, _P, _P, _INT],
+    "fps_unpack_groups": [_P, _P, _N, _P, _N, _N, _INT],
 }
 
 

@@ -242,3 +242,61 @@ class PreparedAdamW(records.PreparedAdamW):
         for agreed, master in zip(tensors.agreed, tensors.masters, strict=True):
             if agreed.numel():
                 agreed.copy_(master)
+
+
+# ------------------------------------------------------------------------------------------------ packed groups
+
+
+def pack_groups(x: Tensor, bits: int, key: int | None) -> tuple[Tensor, Tensor]:
+    """The codes of 32 numbers at a time and, of each group, its minimum and step; ``x`` in the order of its memory."""
+    most = 2**bits - 1
+    numbers = x.reshape(-1).float()
+    n = numbers.numel()
+    # The last group is filled up with what changes neither its minimum nor its largest number.
+    groups = torch.cat([numbers, numbers[-1:].expand(-n % 32)]).view(-1, 32)
+    minimum = _truncated(groups.amin(1) + 0.0, up=False)  # of two zeros, which minimum is taken is nobody's choice: no -0
+    spread = groups.amax(1) - minimum
+    step = _truncated((spread * (1 / torch.tensor(float(most)))).clamp_(min=2.0**-126), up=True)
+    minimum = torch.where((groups - groups == 0).all(1) & spread.isfinite(), minimum, torch.nan)
+    step = torch.where(minimum.isnan(), 0.0, step)
+    if key is None:
+        u: Tensor | float = 0.5
+    else:
+        u = _uniform(key, groups.numel(), x.device).view(-1, 32)
+    scaled = (groups - minimum[:, None]) * (1 / step)[:, None] + u
+    codes = scaled.nan_to_num(0.0).clamp(max=most).to(torch.uint8).view(-1)[:n]
+    if bits == 4:
+        padded = torch.cat([codes, codes.new_zeros(n % 2)]).view(-1, 2)
+        codes = padded[:, 0] | padded[:, 1] << 4
+    scales = torch.stack([minimum, step], 1).view(torch.int32) >> 16  # exact, and one NaN on every machine
+    return codes.contiguous(), scales.short().view(torch.bfloat16)
+
+
+def unpack_groups(codes: Tensor, scales: Tensor, out: Tensor, bits: int) -> None:
+    """``out[i] = minimum + codes[i] * step``; ``out`` ``[n]`` is written."""
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], 1).view(-1)
+    n, largest = out.numel(), torch.finfo(out.dtype).max
+    minimum, step = scales.float().repeat_interleave(32, dim=0)[:n].unbind(1)
+    out.copy_((minimum + codes[:n] * step).clamp(-largest, largest))
+
+
+def _truncated(x: Tensor, up: bool) -> Tensor:
+    """Float32 numbers that bfloat16 holds: the largest not above ``x``, or the smallest not below it. Of NaN anything."""
+    bits = x.contiguous().view(torch.int32)
+    away = torch.full_like(bits, up) ^ (bits < 0).int()  # whether that is further from zero than ``x``
+    return (bits + away * 0xFFFF & ~0xFFFF).view(torch.float32)
+
+
+def _uniform(key: int, n: int, device: torch.device) -> Tensor:
+    """``n`` numbers in [0, 1) on a grid of 2^-24: a hash of each position, modulo 2^32, and of a key below 2^32."""
+    h = _mixed(torch.arange(n, device=device) & 0xFFFFFFFF)
+    h = _mixed(h + key & 0xFFFFFFFF)
+    return (h >> 8).float() * 2.0**-24
+
+
+def _mixed(h: Tensor) -> Tensor:
+    """A permutation of 32-bit numbers in which every bit depends on every other: the finalizer of MurmurHash3."""
+    h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return h ^ h >> 16

@@ -19,6 +19,17 @@ def _divide(a: Array, b: Array) -> Array:
     return quotient
 
 
+def _least_float(a: Array, b: Array) -> Array:
+    """NaN only of two of them, and of two zeros the negative one."""
+    bits = bits_of(a.dtype)
+    return np.where(a == b, (a.view(bits) | b.view(bits)).view(a.dtype), np.fmin(a, b))
+
+
+def _largest_float(a: Array, b: Array) -> Array:
+    bits = bits_of(a.dtype)
+    return np.where(a == b, (a.view(bits) & b.view(bits)).view(a.dtype), np.fmax(a, b))
+
+
 def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
     """Of float32, rounded once: the exact product and ``c`` are added and rounded to odd in float64, then to float32."""
     product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
@@ -99,8 +110,10 @@ def decode(instruction: Instruction) -> Step | None:
         return writes(operands[0], lambda batch: np.bitwise_count(a(batch)).astype(np.uint32))
     if family == "div" and dtype.kind == "f":
         return _binary(instruction, np.true_divide, dtype)
-    if family in ("min", "max") and dtype.kind == "f":  # of NaN and of zeros they have rules of their own
-        raise NotImplementedError(instruction.text)
+    if family in ("min", "max") and dtype.kind == "f":
+        if len(instruction.parts) != 2 or len(instruction.operands) != 3:  # of NaN, or of three, they have other rules
+            raise NotImplementedError(instruction.text)
+        return _binary(instruction, _least_float if family == "min" else _largest_float, dtype)
     if family in BINARY:
         return _binary(instruction, BINARY[family], dtype)
     if family in UNARY:

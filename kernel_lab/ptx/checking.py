@@ -175,7 +175,7 @@ def deviation(found: list[Tensor], wanted: list[Tensor]) -> float:
 
 def _difference_in_bits(found: list[Tensor], wanted: list[Tensor]) -> str | None:
     for i, (one, other) in enumerate(zip(found, wanted, strict=True)):
-        integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
         different = one.contiguous().view(integers) != other.contiguous().view(integers)
         if different.any():
             return f"{int(different.sum())} of {one.numel()} numbers of tensor {i} {list(one.shape)}"

@@ -84,10 +84,20 @@ def _convert(instruction: Instruction) -> Step:
         if narrows and "rn" not in instruction.parts:
             raise NotImplementedError(instruction.text)
         return writes(result, lambda batch: a(batch).astype(dtype))
-    if TYPES[from_].kind == "f" or not isinstance(result, Register):
+    if not isinstance(result, Register):
         raise NotImplementedError(instruction.text)
+    if TYPES[from_].kind == "f":
+        if "rzi" not in instruction.parts or to != "s32" or result.width != 32:
+            raise NotImplementedError(instruction.text)
+        return writes(result, lambda batch: _towards_zero(a(batch)).view(KEPT[32]))
     kept, extended = KEPT[result.width], np.dtype(f"{dtype.kind}{result.width // 8}")
     return writes(result, lambda batch: a(batch).astype(dtype).astype(extended).view(kept))
+
+
+def _towards_zero(value: Array) -> Array:
+    """As int32: what is beyond it becomes its end, and NaN zero."""
+    ends = np.clip(np.where(np.isnan(value), 0.0, value).astype(np.float64), -(2.0**31), 2.0**31 - 1)
+    return np.trunc(ends).astype(np.int32)
 
 
 def _convert_pairs(instruction: Instruction) -> Step:

@@ -65,6 +65,11 @@ CALLS = {
     "scatter_values_": lambda: backend.scatter_values_(there(64, 32), *csr(64, 40), there(40)),
     "masked_adamw_": lambda: backend.masked_adamw_(adamw(), options(there(3, dtype=torch.float64))),
     "agree_values_": lambda: backend.agree_values_(agreement()),
+    "pack_groups": lambda: backend.pack_groups(there(5000), 8, None),
+    "pack_groups, strided and stochastic": lambda: backend.pack_groups(there(50, 96)[:, :64], 4, 2**32 - 1),
+    "unpack_groups": lambda: backend.unpack_groups(
+        there(5000, dtype=torch.uint8), there(157, 2, dtype=torch.bfloat16), there(5000), 8
+    ),
     "PreparedAdamW": prepared_steps,
     "PreparedAgreement": prepared_agreement,
 }

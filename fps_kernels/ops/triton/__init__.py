@@ -9,6 +9,7 @@ from fps_kernels.ops.triton.column_norm import column_norm_
 from fps_kernels.ops.triton.column_norm_conv2d import column_norm_conv2d_
 from fps_kernels.ops.triton.gradients import linear_gradients, sampled_grad
 from fps_kernels.ops.triton.gradients_conv2d import sampled_grad_conv2d
+from fps_kernels.ops.triton.packing import pack_groups, unpack_groups
 from fps_kernels.ops.triton.prepared import PreparedAdamW, PreparedAgreement
 from fps_kernels.ops.triton.threshold import score_kth, score_select
 from fps_kernels.ops.triton.topk import score_topk
@@ -24,10 +25,12 @@ __all__ = [
     "column_norm_conv2d_",
     "linear_gradients",
     "masked_adamw_",
+    "pack_groups",
     "sampled_grad",
     "sampled_grad_conv2d",
     "scatter_values_",
     "score_kth",
     "score_select",
     "score_topk",
+    "unpack_groups",
 ]

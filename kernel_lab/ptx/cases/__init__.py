@@ -6,7 +6,7 @@ from fps_kernels.ops import reference
 from fps_kernels.ops import triton as backend
 from fps_kernels.ops.records import Agreement
 from fps_kernels.ops.triton.gradients import sampled_grad_with_bias
-from kernel_lab.ptx.cases import gradients, norms, scores, updates
+from kernel_lab.ptx.cases import gradients, norms, packing, scores, updates
 from kernel_lab.ptx.cases.case import SHORT, Case, Op, call, tensors_of
 
 OPS = {
@@ -21,9 +21,11 @@ OPS = {
         "sampled_grad_conv2d",
         "masked_adamw_",
         "scatter_values_",
+        "unpack_groups",
     )
 }
 OPS |= {
+    "pack_groups": Op(packing.pack_groups, packing.reference_pack_groups),
     "sampled_grad_with_bias": Op(call(sampled_grad_with_bias), gradients.sampled_grad_with_bias),
     "linear_gradients": Op(gradients.linear_gradients, gradients.reference_linear_gradients),
     "prepared_adamw": Op(updates.prepared_adamw, updates.reference_prepared_adamw),
@@ -37,7 +39,7 @@ OPS |= {
 
 def cases() -> Iterator[Case]:
     """All of them."""
-    for family in (norms, scores, gradients, updates):
+    for family in (norms, scores, gradients, updates, packing):
         yield from family.cases()
 
 

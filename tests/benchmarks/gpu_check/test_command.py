@@ -159,7 +159,7 @@ def test_killed_in_the_middle_it_leaves_what_it_had(tmp_path):
     found = read(tmp_path)
     first, second, third = found["checks"].values()
     assert first["status"] == "passed"
-    assert len(first["rows"]) == 20
+    assert len(first["rows"]) == 22
     assert second["status"] == "running"
     assert second["rows"]
     assert (third["status"], third["rows"]) == ("not run", [])

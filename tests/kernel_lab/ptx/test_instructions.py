@@ -1,5 +1,6 @@
 """What instructions compute, beside NumPy, exact arithmetic or torch."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -134,10 +135,45 @@ def test_the_stack() -> None:
     assert launch(body.format(offset=16), x).kinds == ["stack access out of bounds"]
 
 
+def test_least_and_largest_floats() -> None:
+    """NaN loses to any number, and of two zeros the sign counts."""
+    values = [0.0, -0.0, 1.0, float("nan"), float("inf"), -float("inf"), 1e-42, -3.5]
+    x = torch.tensor([values[i % 8] for i in range(32)])
+    y = torch.tensor([values[i // 8 + i % 3] for i in range(32)])
+
+    def found(name: str) -> torch.Tensor:
+        out = torch.empty(32, dtype=torch.int32)
+        lines = f"ld.global.b32 %r3, [%rd4]; ld.global.b32 %r4, [%rd5]; {name}.f32 %r5, %r3, %r4; st.global.b32 [%rd5], %r5;"
+        out.copy_(y.view(torch.int32))
+        assert not launch(lines, x.view(torch.int32), out).findings.counts
+        return out
+
+    for name, sign in (("min", 1), ("max", -1)):
+        wanted = []
+        for a, b in zip(x.tolist(), y.tolist(), strict=True):
+            numbers_ = [v for v in (a, b) if v == v]
+            # -0 before 0
+            wanted.append(
+                sorted(numbers_, key=lambda v: (sign * v, sign * math.copysign(1, v)))[0] if numbers_ else math.nan
+            )
+        both = torch.tensor(wanted)
+        mine = found(name).view(torch.float32)
+        assert torch.equal(mine.isnan(), both.isnan())
+        assert torch.equal(mine[~both.isnan()].view(torch.int32), both[~both.isnan()].view(torch.int32))
+
+
+def test_floats_become_integers_towards_zero() -> None:
+    x = torch.tensor([2.7, -2.7, 3e9, -3e9, float("nan"), float("inf"), 0.0, -0.5] * 4)
+    y = torch.empty(32, dtype=torch.int32)
+    lines = "ld.global.b32 %r3, [%rd4]; cvt.rzi.s32.f32 %r4, %r3; st.global.b32 [%rd5], %r4;"
+    assert not launch(lines, x.view(torch.int32), y).findings.counts
+    assert y.tolist() == [2, -2, 2**31 - 1, -(2**31), 0, 2**31 - 1, 0, 0] * 4
+
+
 def test_unknown_instructions_are_refused_by_name() -> None:
     for line in (
         "tcgen05.mma %r3;",
-        "min.f32 %r3, %r1, %r2;",
+        "min.NaN.f32 %r3, %r1, %r2;",
         "cvt.rni.s32.f32 %r3, %r1;",
         "setp.lt.and.s32 %p1, %r1, %r2, %p2;",
     ):
