@@ -2,7 +2,8 @@
 
 Peak bytes of live tensors of two steps (the second has the optimizer's state), exact; and the time of a step that follows
 one of the same method, every method in turn. Full tuning, the head only, LoRA r=8, PEFT's SHiRA and Super-Tuning, dense
-gradients with masks, and this package with 1, 4 and 16 entries an output neuron. Weights are random, so that a choice
+gradients with masks, and this package with 1, 4 and 16 entries an output neuron; the main ones also with what backward
+keeps in 8 bits. Weights are random, so that a choice
 spreads over more columns than that of a pretrained network: the less favourable case.
 """
 
@@ -20,6 +21,7 @@ import fps_kernels as fps
 from benchmarks.shared import methods
 from benchmarks.shared.measuring import alternate, ratio, save, table
 from fps_kernels.memory import format_bytes, measure
+from fps_kernels.memory.planning import METHODS
 
 Make = Callable[[nn.Module], methods.Contestant]
 NAMES = {"ViT-S/16": "vit_small_patch16_224", "ViT-B/16": "vit_base_patch16_224"}
@@ -40,7 +42,23 @@ def contestants(model: nn.Module, x: torch.Tensor, ks: tuple[int, ...]) -> dict[
         "PEFT Supertuning": partial(methods.supertuning, density=density),
         "masked dense gradient": partial(methods.masked_gradient, selection=middle),
         **{f"attach, k={k}": partial(methods.attached, selection=selection) for k, selection in selections.items()},
+        **{
+            f"{name}, 8 bits": partial(_in_8_bits, make)
+            for name, make in {
+                "full": methods.full,
+                "LoRA r=8": methods.lora,
+                f"PEFT SHiRA r={rank}": partial(methods.shira, rank=rank),
+            }.items()
+        },
+        **{
+            f"attach, k={k}, 8 bits": partial(methods.attached, selection=selection, keep_bits=8)
+            for k, selection in selections.items()
+        },
     }
+
+
+def _in_8_bits(make: Make, model: nn.Module) -> methods.Contestant:
+    return methods.in_8_bits(make(model))
 
 
 def peak(model: nn.Module, make: Make, x: torch.Tensor, y: torch.Tensor) -> tuple[int, int]:
@@ -79,7 +97,7 @@ def compare(label: str, model: nn.Module, batch: int, ks: tuple[int, ...], round
 
 def simulate(label: str, name: str, batch: int) -> list[dict[str, Any]]:
     """Peak memory at a batch that does not fit here."""
-    planned = fps.memory.plan(name, batch, methods=("full", "LoRA", "attach"), k=4)
+    planned = fps.memory.plan(name, batch, methods=[m for m in METHODS if m.startswith(("full", "LoRA", "attach"))], k=4)
     return [
         {"model": label, "batch": batch, "method": cost.method, "peak_bytes": cost.peak, "simulated": True}
         for cost in planned.costs

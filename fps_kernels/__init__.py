@@ -18,6 +18,7 @@ from fps_kernels.choosing.statistics import ActivationStats
 from fps_kernels.deltas.delta import Delta
 from fps_kernels.deltas.making import diff, load_delta, save_delta
 from fps_kernels.deltas.merging import merge
+from fps_kernels.keeping.kept import kept
 from fps_kernels.ops import BackendUnavailableError, backend_for, use_backend
 from fps_kernels.selection import Selection, WeightSelection
 from fps_kernels.tuning.attaching import attach, tuner_of
@@ -48,6 +49,7 @@ __all__ = [
     "diff",
     "gps",
     "gps_select",
+    "kept",
     "load_delta",
     "masked_parameters",
     "memory",

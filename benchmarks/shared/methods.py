@@ -3,7 +3,8 @@
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import peft
 import torch
@@ -25,16 +26,19 @@ class Contestant:
         model: what is called.
         optimizer: of what is trained.
         before_step: called between the backward pass and the step.
+        keeping: what the forward pass is run inside of.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     before_step: Callable[[], object] = lambda: None
+    keeping: AbstractContextManager[None] = field(default_factory=nullcontext)
 
     def step(self, x: Tensor, y: Tensor) -> float:
         """One step of training."""
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(x).float(), y)
+        with self.keeping:
+            loss = F.cross_entropy(self.model(x).float(), y)
         loss.backward()
         self.before_step()
         self.optimizer.step()
@@ -44,6 +48,12 @@ class Contestant:
     def trained(self) -> int:
         """Numbers that are trained."""
         return sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+
+
+def in_8_bits(contestant: Contestant) -> Contestant:
+    """The same with what backward keeps in 8 bits."""
+    contestant.keeping = fps.kept()
+    return contestant
 
 
 def _is_head(name: str) -> bool:
@@ -132,9 +142,11 @@ def masked_gradient(model: nn.Module, selection: Selection, lr: float = 1e-3) ->
     return Contestant(model, _adamw(model, lr), mask)
 
 
-def attached(model: nn.Module, selection: Selection, lr: float = 1e-3, head_lr: float | None = None) -> Contestant:
+def attached(
+    model: nn.Module, selection: Selection, lr: float = 1e-3, head_lr: float | None = None, keep_bits: int | None = None
+) -> Contestant:
     """This package."""
-    tuner = fps.attach(model, selection)
+    tuner = fps.attach(model, selection, keep_bits=keep_bits)
     groups = tuner.param_groups(lambda name, _: {"lr": head_lr if head_lr is not None and _is_head(name) else lr})
     return Contestant(model, fps.MaskedAdamW(groups, lr=lr, weight_decay=0.0))
 

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,13 +16,16 @@ from fps_kernels.choosing.budgets import PerNeuron
 from fps_kernels.choosing.feeding import Forward
 from fps_kernels.choosing.gps import gps_select
 from fps_kernels.choosing.select import select
+from fps_kernels.keeping.kept import kept
 from fps_kernels.memory.measuring import format_bytes, measure, simulated
 from fps_kernels.tuning.attaching import attach
 from fps_kernels.tuning.masked_adamw import MaskedAdamW
 from fps_kernels.weights.roles import classifier_modules, default_dense
 from fps_kernels.weights.survey import Survey
 
-METHODS = ("forward", "FPS", "GPS", "full", "LoRA", "attach")
+METHODS = ("forward", "FPS", "GPS", "full", "LoRA", "attach", "full-8bit", "LoRA-8bit", "attach-8bit")
+_EIGHT_BITS = "-8bit"
+_ASKED_FOR = ("full-8bit", "LoRA-8bit")  # methods that are not planned by default
 MEANINGS = {
     "forward": "inference",
     "FPS": "choosing by FPS, micro-batches of 1",
@@ -29,6 +33,9 @@ MEANINGS = {
     "full": "tuning every parameter, AdamW",
     "LoRA": "PEFT's LoRA r=8 on every linear layer but the head, biases and head whole, AdamW",
     "attach": "tuning the chosen entries, biases and head whole, MaskedAdamW",
+    "full-8bit": "as full, what backward keeps in 8 bits (fps.kept)",
+    "LoRA-8bit": "as LoRA, what backward keeps in 8 bits (fps.kept)",
+    "attach-8bit": "as attach, what backward keeps in 8 bits (keep_bits=8)",
 }
 
 
@@ -115,7 +122,7 @@ def plan(
         batch_size: images a step.
         dtype: of weights and activations: ``torch.float32`` or ``torch.bfloat16``.
         memory: bytes of a card; the largest batch that fits it is sought for each method.
-        methods: of :data:`METHODS`; by default all, LoRA only where PEFT is installed.
+        methods: of :data:`METHODS`; by default all but ``full-8bit`` and ``LoRA-8bit``, LoRA only where PEFT is installed.
         k: entries per output neuron, for ``attach``.
         input_size: of one sample, such as ``(3, 224, 224)``; a timm model knows its own.
         forward: ``forward(model, batch)`` gives the logits; by default ``model(batch)``.
@@ -139,11 +146,12 @@ def plan(
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     has_peft = importlib.util.find_spec("peft") is not None
-    chosen = tuple(methods) if methods is not None else tuple(m for m in METHODS if m != "LoRA" or has_peft)
+    usual = (m for m in METHODS if m not in _ASKED_FOR and (m != "LoRA" or has_peft))
+    chosen = tuple(methods) if methods is not None else tuple(usual)
     for method in chosen:
         if method not in METHODS:
             raise ValueError(f"methods must be of {', '.join(METHODS)}, got {method!r}")
-    if "LoRA" in chosen and not has_peft:
+    if not has_peft and any(method.startswith("LoRA") for method in chosen):
         raise ImportError("planning LoRA needs peft: pip install 'fps-kernels-torch[peft]'")
     create, size, name = _model(model, input_size)
     cost = partial(_cost, create, size, dtype, k, forward)
@@ -185,7 +193,7 @@ def _cost(
     batch_size: int,
 ) -> MethodCost:
     with simulated() as build:
-        model = build(lambda: _with_lora(create().to(dtype)) if method == "LoRA" else create().to(dtype))
+        model = build(lambda: _with_lora(create().to(dtype)) if method.startswith("LoRA") else create().to(dtype))
         x, y = torch.empty(batch_size, *size, dtype=dtype), torch.zeros(batch_size, dtype=torch.long)
         if method in ("forward", "FPS", "GPS"):
             weights = _bytes([*model.parameters(), *model.buffers()])
@@ -214,19 +222,23 @@ def _logits(model: nn.Module, x: Tensor, forward: Forward | None) -> Tensor:
 def _training(method: str, model: nn.Module, x: Tensor, y: Tensor, k: int, forward: Forward | None) -> MethodCost:
     model.train()
     optimizer: torch.optim.Optimizer
-    if method == "attach":
+    in_8_bits = method.endswith(_EIGHT_BITS)
+    keeping: AbstractContextManager[None] = kept() if in_8_bits else nullcontext()
+    if method.startswith("attach"):
         # Entries have no values here, so that a choice from the shapes alone is as good as any.
-        tuner = attach(model, select(model, [x[:1]], budget=PerNeuron(k), forward=forward, progress=False))
+        selection = select(model, [x[:1]], budget=PerNeuron(k), forward=forward, progress=False)
+        tuner, keeping = attach(model, selection, keep_bits=8 if in_8_bits else None), nullcontext()
         optimizer = MaskedAdamW(tuner)
     else:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
-    after_forward = after_backward = 0
+
+    def loss() -> Tensor:
+        with keeping:
+            return F.cross_entropy(_logits(model, x, forward).float(), y)
 
     def step() -> None:
-        nonlocal after_forward, after_backward
         optimizer.zero_grad()
-        loss = F.cross_entropy(_logits(model, x, forward).float(), y)
-        loss.backward()
+        loss().backward()
         optimizer.step()
 
     step()
@@ -235,9 +247,9 @@ def _training(method: str, model: nn.Module, x: Tensor, y: Tensor, k: int, forwa
     report = measure(step, existing=existing)
     gradients = _bytes(p.grad for p in model.parameters() if p.grad is not None)
     optimizer.zero_grad()
-    kept = measure(lambda: F.cross_entropy(_logits(model, x, forward).float(), y), existing=existing)
+    after_forward = measure(loss, existing=existing)
     weights = _bytes([*model.parameters(), *model.buffers()])
-    return MethodCost(method, x.shape[0], report.peak, weights, kept.added, gradients, _bytes(_states(optimizer)))
+    return MethodCost(method, x.shape[0], report.peak, weights, after_forward.added, gradients, _bytes(_states(optimizer)))
 
 
 def _with_lora(model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fps_kernels import ops
+from fps_kernels.keeping.kept import Keeping
 from fps_kernels.weights.matrix import is_simulated
 
 if TYPE_CHECKING:
@@ -179,9 +180,10 @@ class Scope:
         outer: the scope that this one is inside of.
         tuner: of the model whose pass it is, ``None`` for an inner scope.
         kind: the class of the module, which ``fully_shard`` changes.
+        keeping: how its passes keep what backward needs, ``None`` for as torch does.
     """
 
-    def __init__(self, module: nn.Module, entries: "list[SelectedEntries]") -> None:
+    def __init__(self, module: nn.Module, entries: "list[SelectedEntries]", keeping: Keeping | None = None) -> None:
         self.agreement = Agreement(entries)
         self.thread = 0
         self.inner: list[Scope] = []
@@ -189,6 +191,7 @@ class Scope:
         self.tuner: Any = None
         self._module = module
         self.kind = type(module)
+        self.keeping = keeping
         # Functions, which find the scope in the module: a copy of it finds its own.
         self._hooks = (module.register_forward_pre_hook(_begin), module.register_forward_hook(_end, always_call=True))
         module.__dict__[_SCOPE] = self
@@ -206,7 +209,7 @@ class Scope:
             within = {*child.modules()} - {child}
             inside = [e for e in self.agreement.entries if e in within]
             if inside and scope_of(child) is None:
-                scope = Scope(child, inside)
+                scope = Scope(child, inside, self.keeping)
                 scope.outer = self
                 self.inner.append(scope)
 
@@ -254,6 +257,8 @@ def _begin(module: nn.Module, args: Any) -> None:
         if scope.tuner is not None and DistributedDataParallel._active_ddp_module is not None:
             scope.tuner.compare_across_processes(DistributedDataParallel._active_ddp_module.process_group)
     scope.thread = threading.get_ident()
+    if scope.keeping is not None:
+        scope.keeping.__enter__()
 
 
 def _end(module: nn.Module, args: Any, output: Any) -> None:
@@ -262,3 +267,5 @@ def _end(module: nn.Module, args: Any, output: Any) -> None:
     scope: Scope | None = module.__dict__.get(_SCOPE)
     if scope is not None and scope.thread == threading.get_ident():
         scope.thread = 0
+        if scope.keeping is not None:
+            scope.keeping.__exit__(None, None, None)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 
+from fps_kernels.keeping.kept import Keeping
 from fps_kernels.selection import Selection
 from fps_kernels.tuning.agreement import Scope, scope_of
 from fps_kernels.tuning.compact_values import SelectedEntries
@@ -22,7 +23,7 @@ from fps_kernels.weights.matrix import is_simulated, unfit
 from fps_kernels.weights.survey import Survey
 
 
-def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor]) -> Tuner:
+def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor], *, keep_bits: int | None = None) -> Tuner:
     """Make the chosen entries, and the parameters that a selection trains whole, the only trainable ones.
 
     The weights stay where they are and keep their names, and the model's own code does not change. Behind each
@@ -36,14 +37,16 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor]) -> Tun
     Args:
         model: the model, not yet wrapped for distributed training.
         selection: a :class:`Selection` of this model, or boolean masks in the shapes of their parameters, by name.
+        keep_bits: 8 keeps in so many bits what every forward pass of the model keeps for its backward pass, as
+            :func:`fps_kernels.kept` does; ``None`` as torch does.
 
     Returns:
         :class:`Tuner`.
 
     Raises:
-        ValueError: a selection of another model, an empty one, a weight that is attached already, that has no values,
-            whose strides allow no matrix, or that is named twice; a model that is wrapped for distributed training. The
-            model is unchanged then.
+        ValueError: ``keep_bits`` is neither 8 nor ``None``; a selection of another model, an empty one, a weight that is
+            attached already, that has no values, whose strides allow no matrix, or that is named twice; a model that is
+            wrapped for distributed training. The model is unchanged then.
         TypeError: a weight that is no plain parameter of float32, bfloat16 or float16 (a parametrization, a
             quantised or distributed tensor, one inside a scripted module). The model is unchanged then.
 
@@ -64,6 +67,7 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor]) -> Tun
         raise ValueError(
             "attach() cannot run under torch.inference_mode(): its values could never be trained; leave it first"
         )
+    keeping = None if keep_bits is None else _keeping(keep_bits)
     survey = Survey.of(model)
     selection, parameters = chosen_parameters(survey, selection)
     selection = selection.to("cpu")  # where columns are numbered and rows are looked up
@@ -86,10 +90,16 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor]) -> Tun
         owner, leaf = survey.owner(name)
         owner.add_module(f"{leaf}_selected", entries)
         shorten(owner)
-    tuner._scope = Scope(model, list(made.values()))
+    tuner._scope = Scope(model, list(made.values()), keeping)
     tuner._scope.tuner = tuner
     tuner._loading = model.register_load_state_dict_pre_hook(_refuse_assignment)
     return tuner
+
+
+def _keeping(keep_bits: int) -> Keeping:
+    if keep_bits not in (8,):
+        raise ValueError(f"keep_bits must be 8 or None, got {keep_bits!r}: fewer bits cost accuracy")
+    return Keeping(keep_bits)
 
 
 def tuner_of(model: nn.Module) -> Tuner:

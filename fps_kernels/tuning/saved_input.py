@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fps_kernels import ops
+from fps_kernels.keeping.kept import Pack, Unpack
+from fps_kernels.keeping.packed import looking
 from fps_kernels.weights.matrix import is_simulated
 
 SMALL = 1 << 10  # numbers of an input that is kept as it is: to make it smaller would cost more than it saves
@@ -46,11 +48,15 @@ def keep(x: Tensor, channels: Tensor | None, dim: int | None) -> Kept:
     """
     if x.numel() <= SMALL or not x.is_floating_point():
         return None
-    # A hook (checkpointing, offloading) would have to run to get at what a node keeps.
-    unhooked = _hooks(False) is None
-    if unhooked and (node := _recomputable(x, dim)) is not None:
+    # A hook (checkpointing, offloading) would have to run to get at what a node keeps. Packing is quickly undone.
+    hooks = _hooks(False)
+    pack: Any = None if hooks is None else hooks[0]
+    reachable = pack is None or (type(pack) is Pack and pack.outer is None)
+    if reachable and (node := _recomputable(x, dim)) is not None:
         return node
-    if channels is None or dim is None or (unhooked and _is_kept_anyway(x)):
+    if channels is None or dim is None:
+        return None
+    if reachable and (_is_kept_anyway(x) if pack is None else pack.has(x)):
         return None
     part = take(x, channels, dim)
     if torch.is_autocast_enabled(x.device.type):
@@ -84,16 +90,20 @@ def _recomputable(x: Tensor, dim: int | None) -> Any:
 
 
 def _is_plain(saved: Any) -> bool:
-    """Whether what a node keeps is there, and no hook has to run."""
-    return getattr(saved, "unpack_hook", saved) is None
+    """Whether what a node keeps is there, or is unpacked here, and no hook that fetches it has to run."""
+    hook = getattr(saved, "unpack_hook", saved)
+    return hook is None or (type(hook) is Unpack and hook.outer is None)
 
 
 def kept_numbers(node: Any) -> tuple[Tensor, ops.Recomputed]:
-    """What a node keeps of its input, and how its output is made of that."""
+    """What a node keeps of its input, and how its output is made of that. The node itself is the next to ask for it."""
     if type(node).__name__ == "GeluBackward0":
-        return node._saved_self, _GELU_TANH if node._saved_approximate == "tanh" else _GELU
+        with looking():
+            return node._saved_self, _GELU_TANH if node._saved_approximate == "tanh" else _GELU
     mean, scale = node._saved_result1, node._saved_result2
-    return node._saved_input, ops.Recomputed(ops.LAYER_NORM, mean, scale, node._saved_weight, node._saved_bias)
+    with looking():
+        x = node._saved_input
+    return x, ops.Recomputed(ops.LAYER_NORM, mean, scale, node._saved_weight, node._saved_bias)
 
 
 def suits_kernel(x: Tensor, how: ops.Recomputed) -> bool:

@@ -1,5 +1,7 @@
 """``fps.memory.plan``: what it foretells is what really running takes."""
 
+from contextlib import nullcontext
+
 import pytest
 import timm
 import torch
@@ -27,17 +29,23 @@ def really(method: str, dtype: torch.dtype) -> int:
     if method == "GPS":
         run = lambda: fps.gps_select(model, [(x, y)], loss="cross_entropy", budget=fps.PerNeuron(4), progress=False)  # noqa: E731
         return measure(run, existing=[model, x, y]).peak
-    if method == "attach":
-        tuner = fps.attach(model, fps.select(model, [x], budget=fps.PerNeuron(4), progress=False))
+    in_8_bits = method.endswith("-8bit")
+    keeping = nullcontext()
+    if method.startswith("attach"):
+        selection = fps.select(model, [x], budget=fps.PerNeuron(4), progress=False)
+        tuner = fps.attach(model, selection, keep_bits=8 if in_8_bits else None)
         optimizer = fps.MaskedAdamW(tuner)
     else:
-        model = _with_lora(model) if method == "LoRA" else model
+        model = _with_lora(model) if method.startswith("LoRA") else model
+        keeping = fps.kept() if in_8_bits else keeping
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
 
     def steps() -> None:
         for _ in range(2):
             optimizer.zero_grad()
-            F.cross_entropy(model(x).float(), y).backward()
+            with keeping:
+                loss = F.cross_entropy(model(x).float(), y)
+            loss.backward()
             optimizer.step()
 
     return measure(steps, existing=[model, x, y]).peak
@@ -50,7 +58,7 @@ def test_within_five_percent_of_reality(dtype):
     def shallow() -> nn.Module:
         return timm.create_model(NAME, depth=4)
 
-    planned = fps.memory.plan(shallow, BATCH, dtype=dtype, input_size=(3, 224, 224))
+    planned = fps.memory.plan(shallow, BATCH, dtype=dtype, input_size=(3, 224, 224), methods=METHODS)
     assert [cost.method for cost in planned.costs] == list(METHODS)
     for cost in planned.costs:
         assert cost.peak == pytest.approx(really(cost.method, dtype), rel=0.05), cost.method
@@ -58,6 +66,10 @@ def test_within_five_percent_of_reality(dtype):
         assert cost.peak <= 1.6 * parts
     assert planned["attach"].gradients < planned["full"].gradients / 5
     assert planned["attach"].optimizer < planned["full"].optimizer / 3
+    for method in ("full", "LoRA", "attach"):
+        assert (
+            planned[f"{method}-8bit"].activations < (0.55 if dtype == torch.float32 else 0.8) * planned[method].activations
+        )
 
 
 def test_largest_batch_is_the_last_that_fits():

@@ -1,0 +1,187 @@
+"""The switch: hooks that autograd calls with each tensor that it keeps for the backward pass."""
+
+import weakref
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fps_kernels.keeping.packed import Groups, Mask, Packed
+from fps_kernels.keeping.policy import Way, way_of
+from fps_kernels.ops.packing import along_memory
+
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_overrides_off = torch._C.DisableTorchFunctionSubclass
+_is_transformed = torch._C._are_functorch_transforms_active
+_CHECKPOINT = "torch.utils.checkpoint"
+
+
+class _View:
+    """A packed tensor as one node keeps it."""
+
+    __slots__ = ("packed", "shape", "strides")
+
+    def __init__(self, packed: Packed, shape: torch.Size, strides: tuple[int, ...] | None) -> None:
+        self.packed, self.shape, self.strides = packed, shape, strides
+
+    def tensor(self) -> Tensor:
+        found = self.packed.tensor()
+        return found if self.strides is None else found.as_strided(self.shape, self.strides)
+
+
+class _Whole:
+    """A tensor that is kept as it is, and what torch itself would ask when it is needed."""
+
+    __slots__ = ("back", "kept", "version")
+
+    def __init__(self, t: Tensor, outer: "tuple[Any, Any] | None") -> None:
+        t = t.detach()  # an output that keeps itself would never be freed
+        self.version = t._version
+        self.kept: Any = t if outer is None else outer[0](t)
+        self.back: Any = None if outer is None else outer[1]
+
+    def tensor(self) -> Tensor:
+        if self.back is not None:
+            found: Tensor = self.back(self.kept)
+            return found
+        t: Tensor = self.kept
+        if t._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"[{t.type()} {list(t.shape)}] is at version {t._version}; expected version {self.version} instead"
+            )
+        return t
+
+
+class Pack:
+    """The hook that packs, of one entered context.
+
+    Attributes:
+        outer: hooks that were there before, which get what is packed (offloading to a CPU).
+    """
+
+    def __init__(self, outer: "tuple[Any, Any] | None") -> None:
+        self.outer = outer
+        self._packed: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
+
+    def __call__(self, t: Tensor) -> "_View | _Whole":
+        with _overrides_off(), torch.no_grad():
+            way = way_of(t)
+            if way is Way.WHOLE:
+                return _Whole(t, self.outer)
+            t = t.detach()
+            dense = is_dense(t)
+            if way is Way.MASK:
+                t, dense = t.contiguous(), True
+            packed = self._find(t, dense)
+            if packed is None:
+                send, back = (None, None) if self.outer is None else self.outer
+                packed = (Mask if way is Way.MASK else Groups)(t, send, back)
+                self._note(t, dense, packed)
+            return _View(packed, t.shape, t.stride() if dense else None)
+
+    def has(self, t: Tensor) -> bool:
+        """Whether these very numbers are kept already."""
+        with _overrides_off():
+            return self._find(t, is_dense(t)) is not None
+
+    @staticmethod
+    def _key(t: Tensor, dense: bool) -> Any:
+        extent = t.numel() if dense else (t.shape, t.stride())
+        return t.untyped_storage()._cdata, t.storage_offset(), t._version, t.dtype, extent
+
+    def _find(self, t: Tensor, dense: bool) -> Packed | None:
+        storage, packed = self._packed.get(self._key(t, dense), (None, None))
+        # A storage that is gone may have left its place to another one.
+        return None if storage is None or packed is None or storage.expired() else packed()
+
+    def _note(self, t: Tensor, dense: bool, packed: Packed) -> None:
+        key, known = self._key(t, dense), self._packed
+
+        def forget(reference: object) -> None:
+            if key in known and known[key][1] is reference:
+                del known[key]
+
+        known[key] = StorageWeakRef(t.untyped_storage()), weakref.ref(packed, forget)
+
+
+class Unpack:
+    """The hook that gives back, of one entered context."""
+
+    def __init__(self, outer: "tuple[Any, Any] | None") -> None:
+        self.outer = outer
+
+    def __call__(self, kept: "_View | _Whole") -> Tensor:
+        with torch.no_grad():
+            return kept.tensor()
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether ``t`` is all of a piece of memory, whatever the order of its dimensions."""
+    if t.is_contiguous():
+        return True
+    merged = along_memory(t)
+    own = merged.untyped_storage()._cdata == t.untyped_storage()._cdata  # not copied together
+    return merged.dim() == 1 and merged.stride(0) == 1 and own
+
+
+class Keeping:
+    """The context manager of :func:`kept`. It can be entered again, and inside of itself."""
+
+    def __init__(self, bits: int = 8) -> None:
+        if bits != 8:
+            raise ValueError(f"bits must be 8, got {bits}: fewer cost accuracy, see docs/how-to/memory.md")
+        self.bits = bits
+        self._entered: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:  # a copied model is not in a forward pass
+        return {"bits": self.bits, "_entered": []}
+
+    def __enter__(self) -> None:
+        hooks = None
+        top = _hooks(False)
+        # Within a checkpoint nothing is kept that is worth packing. Transforms of functions take no hooks.
+        if not _is_transformed() and not (top is not None and _is_checkpoint(top)):
+            outer = None
+            if top is not None:
+                outer = top[0].outer if isinstance(top[0], Pack) else (top[0], top[1])
+            hooks = torch.autograd.graph.saved_tensors_hooks(Pack(outer), Unpack(outer))
+            hooks.__enter__()
+        self._entered.append(hooks)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        hooks = self._entered.pop()
+        if hooks is not None:
+            hooks.__exit__(kind, error, trace)
+
+
+def _is_checkpoint(hooks: Any) -> bool:
+    return getattr(hooks[0], "__module__", None) == _CHECKPOINT
+
+
+def kept(bits: int = 8) -> Keeping:
+    """Inside, what autograd keeps of a forward pass for the backward pass is kept in 8 bits a number, with a minimum and a
+    step for every 32 numbers: about 0.28 of float32's memory, 0.56 of bfloat16's.
+
+    For any model: fully tuned, with LoRA, attached (where ``fps.attach(model, selection, keep_bits=8)`` does it for every
+    forward pass of the model). Activations are kept in 8 bits, masks of dropout in one; parameters, integers, statistics,
+    small tensors and what needs no gradient stay as they are (:mod:`fps_kernels.keeping.policy` has the table). A forward
+    pass computes the same numbers as always. Gradients are those of the rounded activations.
+
+    Only the forward pass has to be inside. Of nested hooks (``save_on_cpu``) those further out get the packed memory;
+    inside of ``torch.utils.checkpoint`` and of transforms by ``torch.func`` nothing is packed.
+
+    Args:
+        bits: 8. Fewer cost accuracy.
+
+    Raises:
+        ValueError: another number of bits.
+
+    Example:
+        >>> with fps.kept():
+        ...     loss = F.cross_entropy(model(x), y)
+        >>> loss.backward()
+    """
+    return Keeping(bits)

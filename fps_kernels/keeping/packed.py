@@ -1,0 +1,115 @@
+"""A tensor in fewer bits, until somebody asks for it."""
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fps_kernels import ops
+from fps_kernels.ops.packing import along_memory
+
+Pass = Callable[[Tensor], Any]  # of hooks further out: to where packed memory is sent, or back from there
+
+
+class _Reading(threading.local):
+    """Whether this thread only looks at what another node keeps, which is going to ask for it, too."""
+
+    looks = False
+
+
+_reading = _Reading()
+
+
+class Packed:
+    """Memory of one tensor, or of views of it that cover the same numbers.
+
+    Attributes:
+        device: where the tensor is.
+        dtype: its dtype.
+    """
+
+    def __init__(self, t: Tensor, send: Pass | None, back: Pass | None) -> None:
+        self.device, self.dtype = t.device, t.dtype
+        self._numbers, self._strides = t.shape, t.stride()
+        self._back = back
+        self._memory: weakref.ref[Tensor] | None = None
+        self._held: Tensor | None = None
+        parts = self._pack(t)
+        self._parts: tuple[Any, ...] = parts if send is None else tuple(map(send, parts))
+
+    def _pack(self, t: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def _unpack(self, parts: tuple[Tensor, ...]) -> Tensor:
+        raise NotImplementedError
+
+    def tensor(self) -> Tensor:
+        """The tensor, as the one that was packed lay in memory, if that was dense."""
+        found, self._held = self._held, None
+        if found is None and self._memory is not None:
+            found = self._memory()  # another node has it at this moment
+        if found is None:
+            parts = self._parts if self._back is None else tuple(map(self._back, self._parts))
+            found = self._unpack(parts)
+            self._memory = weakref.ref(found)
+        if _reading.looks:
+            self._held = found
+        return found
+
+
+class Groups(Packed):
+    """By :func:`fps_kernels.ops.pack_groups`."""
+
+    BITS = 8
+
+    def _pack(self, t: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(t, FakeTensor):
+            return tuple(torch.ops.fps_kernels.pack_groups(t, self.BITS))
+        packed: tuple[Tensor, Tensor] = ops.implementation("pack_groups", t.device).pack_groups(
+            along_memory(t), self.BITS, None
+        )
+        return packed
+
+    def _unpack(self, parts: tuple[Tensor, ...]) -> Tensor:
+        out: Tensor = torch.ops.fps_kernels.unpack_groups(*parts, self._numbers, self._strides, self.dtype, self.BITS)
+        return out
+
+
+class Mask(Packed):
+    """One bit for each number of a contiguous mask: whether it is the one that is not zero."""
+
+    def _pack(self, t: Tensor) -> tuple[Tensor, ...]:
+        scale = t[(0,) * t.dim()].new_ones(()) if t.dtype is torch.bool else t.view(-1)[:64].max()
+        return _bits((t != 0).reshape(-1)), scale
+
+    def _unpack(self, parts: tuple[Tensor, ...]) -> Tensor:
+        bits, scale = parts
+        numbers = self._numbers.numel()
+        places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+        mask = (bits.unsqueeze(1) >> places & 1).view(-1)[:numbers].view(self._numbers)
+        return mask.view(torch.bool) if self.dtype is torch.bool else mask.to(self.dtype).mul_(scale)
+
+
+def _bits(mask: Tensor) -> Tensor:
+    """Eight booleans a byte, the first one lowest."""
+    places = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    whole = mask.numel() // 8 * 8
+    bits = (mask[:whole].view(-1, 8).view(torch.uint8) * places).sum(1, dtype=torch.uint8)
+    if whole == mask.numel():
+        return bits
+    rest = mask[whole:].view(torch.uint8)
+    return torch.cat([bits, (rest * places[: rest.numel()]).sum(0, keepdim=True, dtype=torch.uint8)])
+
+
+class looking:  # noqa: N801
+    """Inside, what is asked for is kept for the node that it belongs to, which is going to ask for it next."""
+
+    def __enter__(self) -> None:
+        _reading.looks = True
+
+    def __exit__(self, *_: object) -> None:
+        _reading.looks = False
