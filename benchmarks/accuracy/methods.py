@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fps_kernels as fps
 from benchmarks.accuracy import ideas
+from benchmarks.accuracy.coarse import coarse
 from benchmarks.shared import methods
 from fps_kernels.choosing.gps import random_views
 from fps_kernels.demo.data import Task
@@ -116,16 +117,22 @@ class Method:
         start: peak learning rate at which the search begins.
         per_k: whether the budget changes it.
         rates: peak learning rates to search among, ascending.
+        like: another method whose rate is taken, instead of a search.
     """
 
     make: Callable[[nn.Module, Occasion, float], methods.Contestant]
     start: float
     per_k: bool
     rates: tuple[float, ...] = RATES
+    like: str | None = None
 
 
-def _sparse(choice: Choice, model: nn.Module, o: Occasion, lr: float) -> methods.Contestant:
-    return methods.attached(model, choice(o), lr, HEAD_LR)
+def _sparse(choice: Choice, model: nn.Module, o: Occasion, lr: float, keep_bits: int | None = None) -> methods.Contestant:
+    return methods.attached(model, choice(o), lr, HEAD_LR, keep_bits)
+
+
+def _lora(model: nn.Module, o: Occasion, lr: float) -> methods.Contestant:
+    return methods.lora(model, 8, lr, HEAD_LR)
 
 
 def _like_selection(name: str, model: nn.Module, o: Occasion, lr: float) -> methods.Contestant:
@@ -138,11 +145,15 @@ def _like_selection(name: str, model: nn.Module, o: Occasion, lr: float) -> meth
 METHODS: dict[str, Method] = {
     **{name: Method(partial(_sparse, choice), 1e-3, True) for name, choice in CHOICES.items()},
     "biases+head": Method(lambda m, o, lr: methods.biases_and_head(m, lr, HEAD_LR), 3e-3, False),
-    "LoRA r=8": Method(lambda m, o, lr: methods.lora(m, 8, lr, HEAD_LR), 1e-3, False),
+    "LoRA r=8": Method(_lora, 1e-3, False),
     "full": Method(lambda m, o, lr: methods.full(m, lr, HEAD_LR), 1e-4, False),
     "linear": Method(lambda m, o, lr: methods.head_only(m, lr), 1e-3, False),
     "PEFT SHiRA": Method(partial(_like_selection, "shira"), 1e-3, True),
     "PEFT Supertuning": Method(partial(_like_selection, "supertuning"), 1e-3, True),
+    # At the rates that were found for 32 bits: the difference is that of the bits alone.
+    "FPS, 8 bits": Method(partial(_sparse, CHOICES["FPS"], keep_bits=8), 1e-3, True, like="FPS"),
+    "LoRA r=8, 8 bits": Method(lambda m, o, lr: methods.in_8_bits(_lora(m, o, lr)), 1e-3, False, like="LoRA r=8"),
+    "FPS, GELU in 4 bits": Method(coarse(partial(_sparse, CHOICES["FPS"], keep_bits=8)), 1e-3, True, like="FPS"),
 }
 
 # In the order in which they are run: what the comparison is about comes first.
