@@ -33,6 +33,11 @@ EXECUTED = (
     "([how](kernel-lab.md)): no time is measured. Sectors have 32 bytes. Left of an arrow: before the kernels were mended "
     "by what this shows."
 )
+KEEPING = (
+    "Gradients of each operation's inputs against float64, the norm of the error over that of the gradient, with what the "
+    "operation keeps as it is and in 8 bits; in 4, which are not offered. Channels have scales of their own, as in "
+    "pretrained networks. Queries and keys have 16 bits throughout."
+)
 SCALING = """Exponents of power laws, fitted by least squares of the logarithms, ± their standard error; `beyond the weights`
 fits what is needed besides the model. Models are ViTs in float32. FPS goes through a batch in micro-batches of one image.
 `attach` has 4 entries a neuron where they are not what is varied, and random weights, which spread a choice over more
@@ -94,6 +99,8 @@ def page() -> tuple[str, list[plots.Plot]]:
         add("Time of choosing", f"One batch of 16, {content['model']}.", tables.selection_time(content))
     if content := load("training"):
         add("A training step", tables.training(content), plot=plots.training(content))
+    if content := load("keeping"):
+        add("What fewer bits do to gradients", KEEPING, tables.keeping(content))
     if lines := tables.accuracy_lines():
         add("Accuracy", tables.accuracy_details(lines), plot=plots.accuracy(lines))
     if content := load("accuracy_analysis"):

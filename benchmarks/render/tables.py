@@ -175,6 +175,19 @@ def training(content: Content, model: str | None = None) -> str:
     return "\n\n".join([*parts, source(content)])
 
 
+def keeping(content: Content) -> str:
+    """Errors of gradients by what is kept, and in how many bits."""
+    columns = {
+        "float32": "float32",
+        "float32_8_bits": "8 bits",
+        "float32_4_bits": "4 bits",
+        "bfloat16": "bfloat16",
+        "bfloat16_8_bits": "bfloat16, 8 bits",
+    }
+    body = [[row["operation"], *(f"{row[key]:.1e}" for key in columns)] for row in content["rows"]]
+    return "\n\n".join([markdown(["", *columns.values()], body), source(content)])
+
+
 def triton(content: Content) -> str:
     """What the Triton kernels need, calculated."""
     gpus = list(content["bandwidth_bytes_per_second"])

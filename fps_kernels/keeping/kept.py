@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fps_kernels.keeping.packed import Groups, Mask, Packed
-from fps_kernels.keeping.policy import Way, way_of
+from fps_kernels.keeping.packed import Groups, Heads, Mask, Packed
+from fps_kernels.keeping.policy import Way, queries_and_keys, way_of
 from fps_kernels.ops.packing import along_memory
 
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _overrides_off = torch._C.DisableTorchFunctionSubclass
 _is_transformed = torch._C._are_functorch_transforms_active
 _CHECKPOINT = "torch.utils.checkpoint"
+_HEADS = 3  # queries, keys and values: what an attention keeps before its output
 
 
 class _View:
@@ -65,12 +66,15 @@ class Pack:
     def __init__(self, outer: "tuple[Any, Any] | None") -> None:
         self.outer = outer
         self._packed: dict[Any, tuple[StorageWeakRef, weakref.ref[Packed]]] = {}
+        self._waiting: list[Heads] = []
 
     def __call__(self, t: Tensor) -> "_View | _Whole":
         with _overrides_off(), torch.no_grad():
             way = way_of(t)
             if way is Way.WHOLE:
                 return _Whole(t, self.outer)
+            kinds = {Way.MASK: Mask, Way.HEADS: Heads, Way.GROUPS: Groups}
+            self._settle(queries_and_keys(t))
             t = t.detach()
             dense = is_dense(t)
             if way is Way.MASK:
@@ -78,9 +82,27 @@ class Pack:
             packed = self._find(t, dense)
             if packed is None:
                 send, back = (None, None) if self.outer is None else self.outer
-                packed = (Mask if way is Way.MASK else Groups)(t, send, back)
+                packed = kinds[way](t, send, back)
                 self._note(t, dense, packed)
+                if isinstance(packed, Heads):
+                    self._waiting.append(packed)
+                    if len(self._waiting) > _HEADS:
+                        self._waiting.pop(0).settle(False)
             return _View(packed, t.shape, t.stride() if dense else None)
+
+    def _settle(self, attended: "list[Any]") -> None:
+        """Those that the attention behind ``attended`` keeps are known."""
+        if attended:
+            views = [kept.packed for kept in attended if isinstance(kept, _View)]
+            for heads in self._waiting:
+                heads.settle(any(heads is packed for packed in views))
+            self._waiting.clear()
+
+    def close(self) -> None:
+        """Nothing is to come that could tell more of those that wait."""
+        for heads in self._waiting:
+            heads.settle(False)
+        self._waiting.clear()
 
     def has(self, t: Tensor) -> bool:
         """Whether these very numbers are kept already."""
@@ -147,14 +169,17 @@ class Keeping:
             outer = None
             if top is not None:
                 outer = top[0].outer if isinstance(top[0], Pack) else (top[0], top[1])
-            hooks = torch.autograd.graph.saved_tensors_hooks(Pack(outer), Unpack(outer))
-            hooks.__enter__()
+            pack = Pack(outer)
+            hooks = torch.autograd.graph.saved_tensors_hooks(pack, Unpack(outer)), pack
+            hooks[0].__enter__()
         self._entered.append(hooks)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         hooks = self._entered.pop()
         if hooks is not None:
-            hooks.__exit__(kind, error, trace)
+            hooks[0].__exit__(kind, error, trace)
+            with torch.no_grad(), _overrides_off():
+                hooks[1].close()
 
 
 def _is_checkpoint(hooks: Any) -> bool:

@@ -35,11 +35,14 @@ class Packed:
     def __init__(self, t: Tensor, send: Pass | None, back: Pass | None) -> None:
         self.device, self.dtype = t.device, t.dtype
         self._numbers, self._strides = t.shape, t.stride()
-        self._back = back
+        self._send, self._back = send, back
         self._memory: weakref.ref[Tensor] | None = None
         self._held: Tensor | None = None
-        parts = self._pack(t)
-        self._parts: tuple[Any, ...] = parts if send is None else tuple(map(send, parts))
+        self._parts: tuple[Any, ...] = ()
+        self._keep(self._pack(t))
+
+    def _keep(self, parts: tuple[Tensor, ...]) -> None:
+        self._parts = parts if self._send is None else tuple(map(self._send, parts))
 
     def _pack(self, t: Tensor) -> tuple[Tensor, ...]:
         raise NotImplementedError
@@ -77,6 +80,47 @@ class Groups(Packed):
     def _unpack(self, parts: tuple[Tensor, ...]) -> Tensor:
         out: Tensor = torch.ops.fps_kernels.unpack_groups(*parts, self._numbers, self._strides, self.dtype, self.BITS)
         return out
+
+
+class Heads(Groups):
+    """What may be queries or keys of a fused attention, and is told a little later: it is itself until then.
+
+    Queries and keys take 16 bits. A fused attention keeps the logarithms of its sums and computes probabilities as
+    ``exp(q k - logsumexp)`` again, so that an error of a score is one of the probability's exponent.
+    """
+
+    def __init__(self, t: Tensor, send: Pass | None, back: Pass | None) -> None:
+        self._waiting: Tensor | None = t
+        self._halved = False
+        super().__init__(t, send, back)
+
+    def _pack(self, t: Tensor) -> tuple[Tensor, ...]:
+        return () if self._waiting is not None else super()._pack(t)
+
+    def settle(self, attended: bool) -> None:
+        """It is known what it is.
+
+        Args:
+            attended: it is a query or key of a fused attention.
+        """
+        t, self._waiting = self._waiting, None
+        if t is not None:
+            self._halved = attended
+            self._keep(self._half(t) if attended else self._pack(t))
+
+    def _half(self, t: Tensor) -> tuple[Tensor, ...]:
+        if t.dtype is not torch.float32:  # a copy: the tensor may be a view of more
+            return (t.clone(memory_format=torch.preserve_format),)
+        largest = t.abs().amax().clamp_(min=torch.finfo(torch.float32).tiny)
+        return t.div(largest).to(torch.float16), largest
+
+    def _unpack(self, parts: tuple[Tensor, ...]) -> Tensor:
+        if not self._halved:
+            return super()._unpack(parts)
+        return parts[0] if len(parts) == 1 else parts[0].float().mul_(parts[1])
+
+    def tensor(self) -> Tensor:
+        return super().tensor() if self._waiting is None else self._waiting
 
 
 class Mask(Packed):
