@@ -315,6 +315,8 @@ def _packing() -> Iterator[Case]:
     for size in (1, 33, 2**31 + 16):
         yield from both(f"{size} numbers", tensor(size, dtype=FP32), 8, None, False)
     yield from both("far", torch.empty_strided((48, 768), (2**31 + 16, 1), device="meta"), 4, 7, False)
+    many = torch.empty_strided((2**27, 17), (40, 2), device="meta")
+    yield from both("many, strided", many, 8, None, False)
 
 
 def _extremes() -> Iterator[Case]:

@@ -103,10 +103,13 @@ def _ops(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Callable[[
         ops.agree_values_([W], [csr[0]], [csr[1]], [values], [agreed])
         return [W, values, agreed]
 
-    def pack() -> list[Tensor]:
-        x = random(300, 300)[:, :200]
-        packed = ops.pack_groups(x, 8, 5)
-        return [*packed, ops.unpack_groups(*packed, x.shape, x.stride(), dtype, 8)]
+    def pack(x: Tensor, bits: int, seed: int | None) -> list[Tensor]:
+        packed = ops.pack_groups(x, bits, seed)
+        return [*packed, ops.unpack_groups(*packed, x.shape, x.stride(), dtype, bits)]
+
+    def packs() -> list[Tensor]:
+        strided, dense = random(300, 300)[:, :200], random(12_345)
+        return [*pack(strided, 8, 5), *pack(dense, 8, None), *pack(dense, 4, 2**40), *pack(dense[:12_000], 4, None)]
 
     return [
         ("column_norm_", norm, False),
@@ -119,5 +122,5 @@ def _ops(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Callable[[
         ("scatter_values_", scatter, True),
         ("masked_adamw_", step, False),
         ("agree_values_", agree, True),
-        ("pack_groups, unpack_groups", pack, True),
+        ("pack_groups, unpack_groups", packs, True),
     ]

@@ -36,7 +36,8 @@ EXECUTED = (
 KEEPING = (
     "Gradients of each operation's inputs against float64, the norm of the error over that of the gradient, with what the "
     "operation keeps as it is and in 8 bits; in 4, which are not offered. Channels have scales of their own, as in "
-    "pretrained networks. Queries and keys have 16 bits throughout."
+    "pretrained networks. Queries and keys of the fused attention have 12 and 8 bits, "
+    "or all 16."
 )
 SCALING = """Exponents of power laws, fitted by least squares of the logarithms, ± their standard error; `beyond the weights`
 fits what is needed besides the model. Models are ViTs in float32. FPS goes through a batch in micro-batches of one image.

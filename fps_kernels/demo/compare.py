@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fps_kernels.demo.data import Task
+from fps_kernels.keeping.kept import kept
+from fps_kernels.memory import measure
 from fps_kernels.selection import Selection
 from fps_kernels.tuning.attaching import attach
 from fps_kernels.tuning.masked_adamw import MaskedAdamW
@@ -79,6 +82,32 @@ def tune(
             rates.step()
             on_step()
     return Outcome(accuracy(model, task), trained, time.perf_counter() - start)
+
+
+def step_peak(model: nn.Module, task: Task, what: Selection | str, batch_size: int, keep_bits: int | None = None) -> int:
+    """Peak bytes of a training step that has the optimizer's state, model and all, for a copy of the model.
+
+    Args:
+        model: it is not changed.
+        task: data.
+        what: as for :func:`tune`.
+        batch_size: images a step.
+        keep_bits: 8 keeps what backward needs in so many bits.
+    """
+    model = copy.deepcopy(model).train()
+    params = attach(model, what) if isinstance(what, Selection) else _whole(model, what)
+    optimizer = MaskedAdamW(params)
+    images, target = next(iter(task.batches(task.train, batch_size, torch.Generator().manual_seed(0))))
+
+    def steps() -> None:
+        for _ in range(2):
+            optimizer.zero_grad()
+            with kept(keep_bits) if keep_bits is not None else nullcontext():
+                loss = F.cross_entropy(model(images), target)
+            loss.backward()
+            optimizer.step()
+
+    return measure(steps, existing=[model, images, target]).peak
 
 
 def _whole(model: nn.Module, what: str) -> list[nn.Parameter]:

@@ -18,7 +18,7 @@ from fps_kernels.choosing.budgets import PerNeuron
 from fps_kernels.choosing.gps import gps_select, random_views
 from fps_kernels.choosing.scorers import FPS, Random
 from fps_kernels.choosing.select import select
-from fps_kernels.demo.compare import Outcome, accuracy, tune
+from fps_kernels.demo.compare import Outcome, accuracy, step_peak, tune
 from fps_kernels.demo.data import NEW_DIGITS, Task, digits, image_folder
 from fps_kernels.demo.digits import digits_vit
 from fps_kernels.memory import MemoryReport, format_bytes, measure
@@ -114,6 +114,7 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, list[Ou
     _print_costs(console, costs)
     outcomes = _compare(console, settings, model, task, chosen)
     _print_outcomes(console, settings, outcomes, accuracy(model, task))
+    _print_steps(console, settings, model, task, chosen["FPS"])
     return outcomes
 
 
@@ -217,3 +218,21 @@ def _print_outcomes(console: Console, settings: Settings, outcomes: dict[str, li
         table.add_row(name, f"{members[0].trained:,}", f"{statistics.mean(values):.1%}{spread}", f"{seconds:.1f}")
     console.print(table)
     console.print("FPS, GPS and random train the head and the biases, too; ± is the standard deviation over seeds.\n")
+
+
+def _print_steps(console: Console, settings: Settings, model: nn.Module, task: Task, chosen: Selection) -> None:
+    ways: dict[str, tuple[Selection | str, int | None]] = {
+        "full tuning": ("all", None),
+        "full tuning, kept in 8 bits": ("all", 8),
+        "FPS": (chosen, None),
+        "FPS, kept in 8 bits": (chosen, 8),
+    }
+    peaks = {name: step_peak(model, task, what, settings.batch_size, bits) for name, (what, bits) in ways.items()}
+    table = Table(title=f"What a training step needs, batches of {settings.batch_size}", title_justify="left")
+    table.add_column("tuned")
+    for heading in ("peak", "of full tuning"):
+        table.add_column(heading, justify="right")
+    for name, peak in peaks.items():
+        table.add_row(name, format_bytes(peak), f"{peak / peaks['full tuning']:.2f}×")
+    console.print(table)
+    console.print("8 bits: what the forward pass keeps for the backward pass (fps.kept, or attach with keep_bits=8).\n")

@@ -10,8 +10,8 @@ inputs of GELU, SiLU, LayerNorm, softmax,  8 bits    the gradient is off by one 
 attention's values and output, outputs of            tell; mean and scale of a LayerNorm stay exact
 softmax, sigmoid, tanh, columns of a
 layer's input
-queries and keys of a fused attention      16 bits   it computes ``exp(q k - logsumexp)`` again: in 8 bits the gradient of
-                                                     a pretrained ViT-S was off by a quarter, in 16 by 1.5 %
+queries and keys of a fused attention      12 bits,  it computes ``exp(q k - logsumexp)`` again: in 8 bits the gradient of
+                                           or all 16 a pretrained ViT-S was off by a quarter, in 12 by 1.2 %
 outputs of ReLU                            whole     what is nearly zero would become zero, and its gradient be lost: 14 %
 masks of dropout                           1 bit     nothing is lost
 outputs of log-softmax                     whole     a gradient is ``exp`` of it minus 1 at the label: at the end of

@@ -62,7 +62,7 @@ def test_prints_what_was_chosen_what_it_cost_and_what_it_gave():
     console = Console(record=True, width=100)
     outcomes = run(SHORT, console)
     text = console.export_text()
-    for part in ("blocks.3.mlp.fc2", "FPS, micro", "GPS, whole", "peak", "nothing (new head)", "head and biases"):
+    for part in ("blocks.3.mlp.fc2", "FPS, micro", "GPS, whole", "peak", "nothing (new head)", "FPS, kept in 8 bits"):
         assert part in text
     assert set(outcomes) == {"FPS", "GPS", "random", "head only", "head and biases", "full tuning"}
     assert outcomes["FPS"][0].trained == outcomes["GPS"][0].trained == outcomes["random"][0].trained

@@ -150,7 +150,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keeping) -> lis
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_queries_and_keys_of_a_fused_attention_keep_16_bits(dtype):
+def test_queries_and_keys_of_a_fused_attention_keep_more_bits(dtype):
     """In 8 bits scores would be off by more than probabilities bear: they are computed again, their sums are not."""
     scales = torch.ones(64)
     scales[3] = 6
@@ -163,7 +163,7 @@ def test_queries_and_keys_of_a_fused_attention_keep_16_bits(dtype):
     with fps.kept():
         y = F.scaled_dot_product_attention(*(x.requires_grad_() * 1 for x in (q, k, v)))
     ways = [getattr(y.grad_fn, f"_raw_saved_{name}").data.packed for name in ("query", "key", "value")]
-    assert [heads._halved for heads in ways] == [True, True, False]
+    assert [heads._attended for heads in ways] == [True, True, False]
     assert all(heads._waiting is None for heads in ways)
 
 

@@ -16,6 +16,8 @@ CASES = {case.name: case for case in cases.cases()}
 SHARED_LIMIT = 48 * 1024  # bytes that every target grants a program without asking; gfx942 has 64 KiB
 # Triton 3.9 packs sixteen truth values into 16 bits through two bytes of stack, where 3.8 used none; frames come by 8 bytes.
 STACK_LIMIT = 8
+# Not `redux`, by which lanes find their least or largest float without memory, in whatever order.
+FLOAT_ATOMICS = re.compile(r"\b(?:atom|red)\.[\w.:]*\.b?f(?:16|32|64)")
 # Tiles of both factors, several of each on their way while others are multiplied: what the target grants when asked.
 MULTIPLYING = {"_product"}
 # Kernels that stream a matrix; the others read a few partial sums or gather.
@@ -61,12 +63,28 @@ def test_compiles_well(name, target):
 
 def check_arithmetic(kernel: str, ptx: str) -> None:
     """What exact agreement between backends rests on."""
-    float_atomics = re.findall(r"(?:atom|red)[\w.:]*\.f(?:16|32|64)|(?:atom|red)[\w.:]*\.bf16", ptx)
+    float_atomics = FLOAT_ATOMICS.findall(ptx)
     assert not float_atomics, f"{kernel} adds floats in an order of chance"
     if kernel in SCORING:
         assert ".ftz" not in ptx, f"{kernel} flushes small scores to zero"
         assert "fma.rn.f32" not in ptx, f"{kernel} fuses the product of a score"
         assert "mul.rn.f32" in ptx or "mul.f32" in ptx
+
+
+def test_float_atomics_are_told_from_exchanges_of_lanes():
+    for line in (
+        "@%p1 atom.global.gpu.acq_rel.add.f32 %r1, [ %rd1 + 0 ], %r2;",
+        "red.relaxed.gpu.global.add.noftz.bf16x2 [%rd1], %r2;",
+        "\tred.global.add.f64 [%rd1], %rd2;",
+        "atom.global.gpu.relaxed.add.noftz.f16 %rs1, [%rd1], %rs2;",
+    ):
+        assert FLOAT_ATOMICS.search(line), line
+    for line in (
+        "redux.sync.min.f32 %r1, %r2, -1;",
+        "redux.sync.max.NaN.f32 %r1, %r2, -1;",
+        "atom.global.gpu.relaxed.add.u32 %r1, [%rd1], %r2;",
+    ):
+        assert not FLOAT_ATOMICS.search(line), line
 
 
 def test_every_kernel_is_covered_and_says_what_it_implements():

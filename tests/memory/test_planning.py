@@ -68,7 +68,7 @@ def test_within_five_percent_of_reality(dtype):
     assert planned["attach"].optimizer < planned["full"].optimizer / 3
     for method in ("full", "LoRA", "attach"):
         assert (
-            planned[f"{method}-8bit"].activations < (0.55 if dtype == torch.float32 else 0.8) * planned[method].activations
+            planned[f"{method}-8bit"].activations < (0.55 if dtype == torch.float32 else 0.85) * planned[method].activations
         )
 
 

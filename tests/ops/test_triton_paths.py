@@ -265,3 +265,22 @@ def test_updates_of_many_blocks():
         return weight
 
     torch.testing.assert_close(step(backend.masked_adamw_, W), step(reference.masked_adamw_, expected), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("where", ["one behind the other", "whole groups", "anyhow"])
+def test_numbers_are_packed_by_positions_of_64_bits(monkeypatch, where, dtype, bits):
+    monkeypatch.setattr(module("packing"), "INT32_END", 0)
+    x = torch.randn(90, 97, device=DEVICE).to(dtype)
+    if where == "whole groups":
+        x = torch.randn(90, 96, device=DEVICE).to(dtype)[:, 16:80]
+    elif where == "anyhow":
+        x = x[:, ::2]
+    else:
+        x = x.view(-1)
+    for key in (None, 2**32 - 1):
+        codes, scales = backend.pack_groups(x, bits, key)
+        wanted_codes, wanted_scales = reference.pack_groups(x, bits, key)
+        assert torch.equal(codes, wanted_codes)
+        assert torch.equal(scales, wanted_scales)

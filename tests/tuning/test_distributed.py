@@ -14,6 +14,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import fps_kernels as fps
+from tests.keeping.test_kept import batch, distance, network
 from tests.support.models import Classifier, images
 
 STEPS, BATCH = 3, 8
@@ -37,6 +38,28 @@ def steps(model: torch.nn.Module, tuner: fps.Tuner, part: slice) -> dict[str, to
         F.cross_entropy(model(x[part]), y[part]).backward()
         optimizer.step()
     return {name: p.detach().clone() for name, p in tuner.named_parameters()}
+
+
+def assert_same_everywhere(found: dict[str, torch.Tensor]) -> None:
+    for name, value in found.items():
+        others = [torch.empty_like(value) for _ in range(2)]
+        dist.all_gather(others, value.contiguous())
+        assert torch.equal(*others), name
+
+
+def check_kept_in_8_bits(rank: int) -> None:
+    """Each process packs what it keeps itself; gradients are reduced as ever."""
+    found = []
+    for keep_bits in (None, 8):
+        torch.manual_seed(6)
+        model = network()
+        selection = fps.select(model, [batch()], budget=fps.PerNeuron(2), progress=False)
+        tuner = fps.attach(model, selection, keep_bits=keep_bits)
+        wrapped = DistributedDataParallel(model)
+        wrapped(batch(rank)).square().mean().backward()
+        found.append({name: p.grad.clone() for name, p in tuner.named_parameters()})
+    assert 0 < distance(found[1], found[0]) < 0.01
+    assert_same_everywhere(found[1])
 
 
 def process() -> None:
@@ -64,10 +87,8 @@ def process() -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     for (key, value), other in zip(model.state_dict().items(), alone.state_dict().values(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
-    for value in found.values():
-        others = [torch.empty_like(value) for _ in range(2)]
-        dist.all_gather(others, value.contiguous())
-        assert torch.equal(*others)
+    assert_same_everywhere(found)
+    check_kept_in_8_bits(rank)
     leave()
 
 

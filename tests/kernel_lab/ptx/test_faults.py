@@ -18,6 +18,9 @@ CASES = (
     "sampled_grad_conv2d fp16 [3, 6, 9, 11] to 9, 3x5, 60 entries",
     "masked_adamw_ fp32 five tensors, zeroed",
     "score_kth fp32 [43, 70] alone",
+    "pack_groups fp32 [5001] in 4 bits, nearest",
+    "pack_groups bf16 [3, 5, 6, 7] of [4, 6, 8, 9] in 8 bits, seed 3",
+    "unpack_groups bf16 [5001] of 8 bits",
 )
 PLACES = 2  # of each fault in each case
 # What each kind must be seen by: a check that is taken out of the machine is missed here.
