@@ -9,6 +9,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -243,13 +244,12 @@ def packed_groups(report: Report) -> None:
         goal = torch.zeros_like(source)
         name, copy = f"[12608, 3072] {str(dtype).removeprefix('torch.')}, 8 bits", f"copy of {nbytes / 2e6:.0f} MB"
         calls = {
-            # The backend's function: results are written to memory that is there, as a copy's are.
+            # An unpack's result is written to memory that is there, as a copy's is; a pack makes its results anew.
             "pack_groups": lambda x=x: ops.pack_groups(x, 8),
             "unpack_groups": lambda packed=packed, out=out: native.unpack_groups(*packed, out.view(-1), 8),
         }
         for op, run in calls.items():
-            run_copy = lambda goal=goal, source=source: goal.copy_(source)  # noqa: E731
-            report.add(f"{op} {name}", run, {copy: run_copy}, nbytes, at_most={copy: 1.3})
+            report.add(f"{op} {name}", run, {copy: partial(goal.copy_, source)}, nbytes, at_most={copy: 1.3})
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The switch: hooks that autograd calls with each tensor that it keeps for the backward pass."""
 
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fps_kernels.keeping.packed import Groups, Heads, Mask, Packed
+from fps_kernels.keeping.packed import Groups, Heads, Mask, Packed, changed_in_place
 from fps_kernels.keeping.policy import Way, queries_and_keys, way_of
 from fps_kernels.ops.packing import along_memory
 
@@ -48,11 +49,9 @@ class _Whole:
             found: Tensor = self.back(self.kept)
             return found
         t: Tensor = self.kept
-        if t._version != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"[{t.type()} {list(t.shape)}] is at version {t._version}; expected version {self.version} instead"
-            )
+        changed = changed_in_place(t, self.version)
+        if changed is not None:
+            raise changed
         return t
 
 
@@ -73,7 +72,7 @@ class Pack:
             way = way_of(t)
             if way is Way.WHOLE:
                 return _Whole(t, self.outer)
-            kinds = {Way.MASK: Mask, Way.HEADS: Heads, Way.GROUPS: Groups}
+            kinds: dict[Way, Callable[..., Packed]] = {Way.MASK: Mask, Way.HEADS: Heads, Way.GROUPS: Groups}
             self._settle(queries_and_keys(t))
             t = t.detach()
             dense = is_dense(t)

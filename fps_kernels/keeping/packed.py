@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -24,16 +25,15 @@ class _Reading(threading.local):
 _reading = _Reading()
 
 
-class Packed:
+class Packed(ABC):
     """Memory of one tensor, or of views of it that cover the same numbers.
 
     Attributes:
-        device: where the tensor is.
-        dtype: its dtype.
+        dtype: of the tensor.
     """
 
     def __init__(self, t: Tensor, send: Pass | None, back: Pass | None) -> None:
-        self.device, self.dtype = t.device, t.dtype
+        self.dtype = t.dtype
         self._numbers, self._strides = t.shape, t.stride()
         self._send, self._back = send, back
         self._memory: weakref.ref[Tensor] | None = None
@@ -44,11 +44,13 @@ class Packed:
     def _keep(self, parts: tuple[Tensor, ...]) -> None:
         self._parts = parts if self._send is None else tuple(map(self._send, parts))
 
+    @abstractmethod
     def _pack(self, t: Tensor) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+        """What is kept of the tensor."""
 
+    @abstractmethod
     def _unpack(self, parts: tuple[Tensor, ...]) -> Tensor:
-        raise NotImplementedError
+        """The tensor, of what is kept."""
 
     def tensor(self) -> Tensor:
         """The tensor, as the one that was packed lay in memory, if that was dense."""
@@ -92,7 +94,9 @@ class Heads(Groups):
 
     def __init__(self, t: Tensor, send: Pass | None, back: Pass | None) -> None:
         self._waiting: Tensor | None = t
+        self._version = t._version
         self._attended = False
+        self._changed: RuntimeError | None = None
         super().__init__(t, send, back)
 
     def _pack(self, t: Tensor) -> tuple[Tensor, ...]:
@@ -105,7 +109,10 @@ class Heads(Groups):
             attended: it is a query or key of a fused attention.
         """
         t, self._waiting = self._waiting, None
-        if t is not None:
+        if t is None:
+            return
+        self._changed = changed_in_place(t, self._version)
+        if self._changed is None:
             self._attended = attended
             self._keep(self._pack_finely(t) if attended else self._pack(t))
 
@@ -126,7 +133,11 @@ class Heads(Groups):
         return found.add_(left)
 
     def tensor(self) -> Tensor:
-        return super().tensor() if self._waiting is None else self._waiting
+        waiting = self._waiting
+        changed = self._changed if waiting is None else changed_in_place(waiting, self._version)
+        if changed is not None:
+            raise changed
+        return super().tensor() if waiting is None else waiting
 
 
 class Mask(Packed):
@@ -155,11 +166,23 @@ def _bits(mask: Tensor) -> Tensor:
     return torch.cat([bits, (rest * places[: rest.numel()]).sum(0, keepdim=True, dtype=torch.uint8)])
 
 
-class looking:  # noqa: N801
-    """Inside, what is asked for is kept for the node that it belongs to, which is going to ask for it next."""
+def changed_in_place(t: Tensor, version: int) -> RuntimeError | None:
+    """What torch says when a tensor that a node keeps is not at this version any more; ``None`` if it is."""
+    if t._version == version:
+        return None
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"[{t.type()} {list(t.shape)}] is at version {t._version}; expected version {version} instead"
+    )
 
+
+class _Looking:
     def __enter__(self) -> None:
         _reading.looks = True
 
     def __exit__(self, *_: object) -> None:
         _reading.looks = False
+
+
+looking = _Looking()
+"""Inside, what is asked for is kept for the node that it belongs to, which is going to ask for it next."""

@@ -1,23 +1,23 @@
 """What autograd is about to keep, and whether fewer bits of it will do: the table, and the measurements behind it.
 
 A hook for saved tensors is told neither which operation keeps a tensor nor whether somebody else has it; it sees the
-tensor and the node that made it. `docs/how-to/memory.md` has the errors of gradients that each line rests on.
+tensor and the node that made it. `docs/measurements.md` has the errors of gradients that the lines rest on.
 
 =========================================  ========  =============================================================
 what is kept                               how       why
 =========================================  ========  =============================================================
-inputs of GELU, SiLU, LayerNorm, softmax,  8 bits    the gradient is off by one or two per cent, and training cannot
-attention's values and output, outputs of            tell; mean and scale of a LayerNorm stay exact
+inputs of GELU, SiLU, LayerNorm, softmax,  8 bits    the gradient is off by at most one or two per cent; mean and scale
+attention's values and output, outputs of            of a LayerNorm stay exact
 softmax, sigmoid, tanh, columns of a
 layer's input
-queries and keys of a fused attention      12 bits,  it computes ``exp(q k - logsumexp)`` again: in 8 bits the gradient of
-                                           or all 16 a pretrained ViT-S was off by a quarter, in 12 by 1.2 %
-outputs of ReLU                            whole     what is nearly zero would become zero, and its gradient be lost: 14 %
+queries and keys of a fused attention      12 bits,  it computes ``exp(q k - logsumexp)`` again, so that an error of a score
+                                           or all 16 is one of the exponent
+outputs of ReLU                            whole     what is nearly zero would become zero, and its gradient be lost
 masks of dropout                           1 bit     nothing is lost
 outputs of log-softmax                     whole     a gradient is ``exp`` of it minus 1 at the label: at the end of
                                                      training it is smaller than the error
 roots, norms, sums and means               whole     something is divided by them
-numbers of one dimension, small tensors    whole     they would gain nothing
+small tensors                              whole     they would gain nothing
 parameters, casts and views of them        whole     their memory lives on, and an error would be the same in each step
 what needs no gradient: inputs, constant   whole     their memory mostly lives on; a mask of ``-inf`` has no steps
 masks, statistics, tables
@@ -40,22 +40,8 @@ SMALL = 1 << 13  # numbers below which a tensor is left alone: all of them toget
 _EXACT = frozenset(
     f"{name}Backward0"
     for name in (
-        *(
-            "Relu",
-            "LogSoftmax",
-            "Log",
-            "Logsumexp",
-            "Sqrt",
-            "Rsqrt",
-            "Reciprocal",
-            "Sum",
-            "Mean",
-            "Var",
-            "Std",
-            "VarMean",
-            "StdMean",
-        ),
-        *("Norm", "LinalgVectorNorm", "Cumsum", "Cumprod", "Prod", "ClampMin", "Clamp"),
+        "Relu LogSoftmax Log Logsumexp Sqrt Rsqrt Reciprocal Sum Mean Var Std VarMean StdMean Norm LinalgVectorNorm "  # noqa: SIM905
+        "Cumsum Cumprod Prod ClampMin Clamp".split()
     )
 )
 # Steps between a parameter and what is kept of it.

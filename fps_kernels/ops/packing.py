@@ -8,6 +8,7 @@ from torch.library import custom_op
 
 from fps_kernels.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_float, check_shape
 from fps_kernels.ops._dispatch import implementation
+from fps_kernels.ops.reference import mixed
 
 GROUP = 32  # numbers that share a minimum and a step
 BITS = (8, 4)
@@ -47,7 +48,7 @@ def pack_groups(x: Tensor, bits: int, seed: int | None = None) -> tuple[Tensor, 
     check_float("x", x)
     check_bits(bits)
     if x.numel() == 0:
-        return _empty_packed(x, bits)
+        return empty_packed(x, bits)
     packed: tuple[Tensor, Tensor] = implementation("pack_groups", x.device).pack_groups(
         along_memory(x), bits, None if seed is None else key_of(seed)
     )
@@ -56,7 +57,7 @@ def pack_groups(x: Tensor, bits: int, seed: int | None = None) -> tuple[Tensor, 
 
 @pack_groups.register_fake
 def _(x: Tensor, bits: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
-    return _empty_packed(x, bits)
+    return empty_packed(x, bits)
 
 
 @custom_op("fps_kernels::unpack_groups", mutates_args=())
@@ -107,13 +108,7 @@ def _(codes: Tensor, scales: Tensor, shape: Sequence[int], strides: Sequence[int
 
 def key_of(seed: int) -> int:
     """The 64 bits of a seed as 32, so that the streams of neighbouring seeds have nothing in common."""
-    return _mixed(_mixed(seed & 0xFFFFFFFF) ^ (seed >> 32 & 0xFFFFFFFF))
-
-
-def _mixed(h: int) -> int:
-    h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
-    h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
-    return h ^ h >> 16
+    return mixed(mixed(seed & 0xFFFFFFFF) ^ (seed >> 32 & 0xFFFFFFFF))
 
 
 def check_bits(bits: int) -> None:
@@ -125,7 +120,8 @@ def _bytes(numbers: int, bits: int) -> int:
     return numbers if bits == 8 else -(-numbers // 2)
 
 
-def _empty_packed(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def empty_packed(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Memory for the codes and scales of ``x``, beside it."""
     n = x.numel()
     codes = torch.empty(_bytes(n, bits), dtype=torch.uint8, device=x.device)
     return codes, torch.empty(-(-n // GROUP), 2, dtype=torch.bfloat16, device=x.device)

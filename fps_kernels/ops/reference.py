@@ -5,6 +5,8 @@ Notation: ``W`` ``[O, C]`` is a weight matrix, ``a`` ``[G, C]`` holds one non-ne
 of an entry is ``s_ij = |fl32(w_ij * a_gj)|``, one rounded float32 product. Arguments arrive validated.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ from fps_kernels.ops.records import (
     Gradients,
     Recomputed,
 )
+
+Integers = TypeVar("Integers", Tensor, int)
 
 RECOMPUTES = True  # inputs of linear_gradients
 ROWS_PER_CHUNK = 1024  # bounds the scratch of the ops that go through rows in chunks
@@ -290,12 +294,12 @@ def _truncated(x: Tensor, up: bool) -> Tensor:
 
 def _uniform(key: int, n: int, device: torch.device) -> Tensor:
     """``n`` numbers in [0, 1) on a grid of 2^-24: a hash of each position, modulo 2^32, and of a key below 2^32."""
-    h = _mixed(torch.arange(n, device=device) & 0xFFFFFFFF)
-    h = _mixed(h + key & 0xFFFFFFFF)
+    h = mixed(torch.arange(n, device=device) & 0xFFFFFFFF)
+    h = mixed(h + key & 0xFFFFFFFF)
     return (h >> 8).float() * 2.0**-24
 
 
-def _mixed(h: Tensor) -> Tensor:
+def mixed(h: Integers) -> Integers:
     """A permutation of 32-bit numbers in which every bit depends on every other: the finalizer of MurmurHash3."""
     h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
     h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF

@@ -97,7 +97,7 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor], *, kee
 
 
 def _keeping(keep_bits: int) -> Keeping:
-    if keep_bits not in (8,):
+    if keep_bits != 8:
         raise ValueError(f"keep_bits must be 8 or None, got {keep_bits!r}: fewer bits cost accuracy")
     return Keeping(keep_bits)
 

@@ -98,10 +98,10 @@ def _is_plain(saved: Any) -> bool:
 def kept_numbers(node: Any) -> tuple[Tensor, ops.Recomputed]:
     """What a node keeps of its input, and how its output is made of that. The node itself is the next to ask for it."""
     if type(node).__name__ == "GeluBackward0":
-        with looking():
+        with looking:
             return node._saved_self, _GELU_TANH if node._saved_approximate == "tanh" else _GELU
     mean, scale = node._saved_result1, node._saved_result2
-    with looking():
+    with looking:
         x = node._saved_input
     return x, ops.Recomputed(ops.LAYER_NORM, mean, scale, node._saved_weight, node._saved_bias)
 

@@ -224,6 +224,19 @@ def test_changes_in_place_are_caught_where_the_tensor_itself_is_kept():
             y.sum().backward()
 
 
+def test_changes_in_place_are_caught_while_it_is_not_known_how_to_pack():
+    """Images could be queries: they wait as they are, and nothing that is written to them meanwhile is packed."""
+    for size in (3, 12):
+        leaf = torch.randn(4, size, 32, 33, requires_grad=True)
+        with fps.kept():
+            x = leaf * 1
+            y = x.sin()
+            with torch.no_grad():
+                x.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
 def test_a_change_in_place_after_packing_does_not_reach_the_gradient():
     leaf = torch.randn(128, 128, requires_grad=True)
     grads = []

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fps_kernels.ops.packing import MOST_DIMENSIONS, empty_packed
 from fps_kernels.ops.triton.floats import bfloat16_bits, magnitude_bits, to_float32
 from fps_kernels.ops.triton.target import AS_WRITTEN
 from fps_kernels.ops.triton.updates import one_by_one
@@ -30,9 +31,8 @@ def pack_groups(x: Tensor, bits: int, key: int | None) -> tuple[Tensor, Tensor]:
     """:func:`fps_kernels.ops.reference.pack_groups` of up to four dimensions and any strides, without waiting for the
     device."""
     n = x.numel()
-    codes = torch.empty(-(-n * bits // 8), dtype=torch.uint8, device=x.device)
-    scales = torch.empty(-(-n // 32), 2, dtype=torch.bfloat16, device=x.device)
-    missing = 4 - x.dim()
+    codes, scales = empty_packed(x, bits)
+    missing = MOST_DIMENSIONS - x.dim()
     shape, strides = (1,) * missing + tuple(x.shape), (0,) * missing + x.stride()
     whole_groups = strides[3] == 1 and shape[3] % 32 == 0
     aligned = all(stride % 16 == 0 for stride in strides[:3])
