@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fps_kernels.keeping.packed import Groups, Heads, Mask, Packed, changed_in_place
+from fps_kernels.keeping.packed import Groups, Heads, Mask, Packed, Signs, changed_in_place
 from fps_kernels.keeping.policy import Way, queries_and_keys, way_of
 from fps_kernels.ops.packing import along_memory
 
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
+_pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 _overrides_off = torch._C.DisableTorchFunctionSubclass
 _is_transformed = torch._C._are_functorch_transforms_active
 _CHECKPOINT = "torch.utils.checkpoint"
@@ -72,17 +74,23 @@ class Pack:
             way = way_of(t)
             if way is Way.WHOLE:
                 return _Whole(t, self.outer)
-            kinds: dict[Way, Callable[..., Packed]] = {Way.MASK: Mask, Way.HEADS: Heads, Way.GROUPS: Groups}
+            kinds: dict[Way, Callable[..., Packed]] = {
+                Way.MASK: Mask,
+                Way.SIGNS: Signs,
+                Way.HEADS: Heads,
+                Way.GROUPS: Groups,
+            }
             self._settle(queries_and_keys(t))
             t = t.detach()
             dense = is_dense(t)
-            if way is Way.MASK:
+            if way in (Way.MASK, Way.SIGNS) and not dense:
                 t, dense = t.contiguous(), True
-            packed = self._find(t, dense)
+            packed = None if way is Way.SIGNS else self._find(t, dense)
             if packed is None:
                 send, back = (None, None) if self.outer is None else self.outer
                 packed = kinds[way](t, send, back)
-                self._note(t, dense, packed)
+                if way is not Way.SIGNS:  # which are of no use to anybody else
+                    self._note(t, dense, packed)
                 if isinstance(packed, Heads):
                     self._waiting.append(packed)
                     if len(self._waiting) > _HEADS:
@@ -179,6 +187,21 @@ class Keeping:
             hooks[0].__exit__(kind, error, trace)
             with torch.no_grad(), _overrides_off():
                 hooks[1].close()
+
+
+    def abandon(self) -> None:
+        """Leave what was entered last and never left: hooks that came later stay."""
+        hooks = self._entered.pop()
+        if hooks is None:
+            return
+        later: list[tuple[Any, Any]] = []
+        while (top := _hooks(False)) is not None:
+            _pop_hooks()
+            if top[0] is hooks[1]:
+                break
+            later.append((top[0], top[1]))
+        for pair in reversed(later):
+            _push_hooks(*pair)
 
 
 def _is_checkpoint(hooks: Any) -> bool:

@@ -141,29 +141,47 @@ class Heads(Groups):
 
 
 class Mask(Packed):
-    """One bit for each number of a contiguous mask: whether it is the one that is not zero."""
+    """One bit for each number of a dense mask: whether it is the one that is not zero."""
 
     def _pack(self, t: Tensor) -> tuple[Tensor, ...]:
-        scale = t[(0,) * t.dim()].new_ones(()) if t.dtype is torch.bool else t.view(-1)[:64].max()
-        return _bits((t != 0).reshape(-1)), scale
+        flat = along_memory(t)
+        scale = flat.new_ones(()) if t.dtype is torch.bool else flat[:64].max()
+        return _bits(flat != 0), scale
 
     def _unpack(self, parts: tuple[Tensor, ...]) -> Tensor:
         bits, scale = parts
-        numbers = self._numbers.numel()
-        places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-        mask = (bits.unsqueeze(1) >> places & 1).view(-1)[:numbers].view(self._numbers)
-        return mask.view(torch.bool) if self.dtype is torch.bool else mask.to(self.dtype).mul_(scale)
+        mask = _booleans(bits, self._numbers.numel())
+        found = mask if self.dtype is torch.bool else mask.to(self.dtype).mul_(scale)
+        return found.as_strided(self._numbers, self._strides)
+
+
+class Signs(Packed):
+    """One bit for each number of a dense tensor: whether it is positive, or not a number. It comes back as ones and zeros."""
+
+    def _pack(self, t: Tensor) -> tuple[Tensor, ...]:
+        return (_bits((along_memory(t) <= 0).logical_not_()),)
+
+    def _unpack(self, parts: tuple[Tensor, ...]) -> Tensor:
+        mask = _booleans(parts[0], self._numbers.numel())
+        return mask.to(self.dtype).as_strided(self._numbers, self._strides)
+
+
+# Of eight bytes that are 0 or 1, as one integer: times _GATHER has them as the bits of its highest byte, the first one
+# lowest. A byte times _REPEAT has it eight times, of which _PLACES leaves one bit each.
+_GATHER, _REPEAT, _PLACES = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - (1 << 64)
 
 
 def _bits(mask: Tensor) -> Tensor:
-    """Eight booleans a byte, the first one lowest."""
-    places = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
-    whole = mask.numel() // 8 * 8
-    bits = (mask[:whole].view(-1, 8).view(torch.uint8) * places).sum(1, dtype=torch.uint8)
-    if whole == mask.numel():
-        return bits
-    rest = mask[whole:].view(torch.uint8)
-    return torch.cat([bits, (rest * places[: rest.numel()]).sum(0, keepdim=True, dtype=torch.uint8)])
+    """Eight booleans a byte, the first one lowest; ``mask`` is flat."""
+    missing = -mask.numel() % 8
+    if missing:
+        mask = torch.cat([mask, mask.new_zeros(missing)])
+    return (mask.view(torch.int64) * _GATHER >> 56).to(torch.uint8)
+
+
+def _booleans(bits: Tensor, numbers: int) -> Tensor:
+    """What :func:`_bits` was given."""
+    return ((bits.to(torch.int64) * _REPEAT & _PLACES).view(torch.uint8) != 0)[:numbers]
 
 
 def changed_in_place(t: Tensor, version: int) -> RuntimeError | None:

@@ -12,7 +12,8 @@ softmax, sigmoid, tanh, columns of a
 layer's input
 queries and keys of a fused attention      12 bits,  it computes ``exp(q k - logsumexp)`` again, so that an error of a score
                                            or all 16 is one of the exponent
-outputs of ReLU                            whole     what is nearly zero would become zero, and its gradient be lost
+what ReLU, or LeakyReLU in place, keeps    1 bit     its backward pass asks on which side of zero a number is, and nothing
+of its output                                        else: nothing is lost
 masks of dropout                           1 bit     nothing is lost
 outputs of log-softmax                     whole     a gradient is ``exp`` of it minus 1 at the label: at the end of
                                                      training it is smaller than the error
@@ -40,7 +41,7 @@ SMALL = 1 << 13  # numbers below which a tensor is left alone: all of them toget
 _EXACT = frozenset(
     f"{name}Backward0"
     for name in (
-        "Relu LogSoftmax Log Logsumexp Sqrt Rsqrt Reciprocal Sum Mean Var Std VarMean StdMean Norm LinalgVectorNorm "  # noqa: SIM905
+        "LogSoftmax Log Logsumexp Sqrt Rsqrt Reciprocal Sum Mean Var Std VarMean StdMean Norm LinalgVectorNorm "  # noqa: SIM905
         "Cumsum Cumprod Prod ClampMin Clamp".split()
     )
 )
@@ -49,6 +50,9 @@ _SAME_NUMBERS = frozenset(
     f"{name}Backward0"
     for name in ("T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Alias", "Unsqueeze", "Squeeze", "Slice")
 ) | {"ToCopyBackward0"}
+_SIGNS = frozenset(("ReluBackward0", "LeakyReluBackward1"))  # the latter is the one in place
+# What makes tensors of four dimensions that are images: no queries and keys of an attention.
+_IMAGES = _SIGNS | {f"{name}Backward0" for name in ("Convolution", "NativeBatchNorm", "CudnnBatchNorm")}
 _ATTENTION = "ScaledDotProduct"  # the names of the nodes of its kinds begin with it
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
@@ -60,6 +64,7 @@ class Way(Enum):
     GROUPS = "groups"
     HEADS = "heads"
     MASK = "mask"
+    SIGNS = "signs"
 
 
 def way_of(t: Tensor) -> Way:
@@ -71,11 +76,14 @@ def way_of(t: Tensor) -> Way:
     if t.dtype not in FLOAT_DTYPES or t.is_leaf:
         return Way.MASK if _is_scaled_mask(t) else Way.WHOLE
     name = type(t.grad_fn).__name__
+    if name in _SIGNS and _is_asked_by_its_maker(t):
+        return Way.SIGNS
     if name in _EXACT or _is_expanded(t):
         return Way.WHOLE
     if name in _SAME_NUMBERS and _is_of_parameter(t):
         return Way.WHOLE
-    return Way.HEADS if t.dim() == 4 and not name.startswith(_ATTENTION) else Way.GROUPS
+    may_be_heads = t.dim() == 4 and not name.startswith(_ATTENTION) and name not in _IMAGES
+    return Way.HEADS if may_be_heads else Way.GROUPS
 
 
 def queries_and_keys(t: Tensor) -> list[Any]:
@@ -85,6 +93,18 @@ def queries_and_keys(t: Tensor) -> list[Any]:
         return []
     found = (getattr(node, f"_raw_saved_{name}", None) for name in ("query", "key"))
     return [saved.data for saved in found if saved is not None]
+
+
+def _is_asked_by_its_maker(t: Tensor) -> bool:
+    """Whether the node that made ``t`` is about to keep it, as against an operation that is given it: the node keeps nothing
+    yet."""
+    node: Any = t.grad_fn
+    if node._raw_saved_result.data is not None:
+        return False
+    try:
+        return node._saved_result is None
+    except RuntimeError:  # it did, and let go of it after its backward pass
+        return False
 
 
 def _is_expanded(t: Tensor) -> bool:

@@ -6,8 +6,10 @@ adapters and sharded optimizers do. Hence what both agreed on last is kept, and 
 count where both do.
 """
 
+import sys
 import threading
 from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +23,7 @@ from fps_kernels.weights.matrix import is_simulated
 if TYPE_CHECKING:
     from fps_kernels.tuning.compact_values import SelectedEntries
 
+_CALL = nn.Module._call_impl.__name__
 _SCOPE = "_selected_entries_scope"
 _overrides_off = torch._C.DisableTorchFunctionSubclass
 _is_transformed = torch._C._are_functorch_transforms_active
@@ -176,6 +179,7 @@ class Scope:
     Attributes:
         agreement: of the weights in the module.
         thread: the thread whose pass is under way, 0 for none.
+        depth: calls of the module by itself that are under way.
         inner: scopes of modules inside, once somebody calls these without the module itself.
         outer: the scope that this one is inside of.
         tuner: of the model whose pass it is, ``None`` for an inner scope.
@@ -185,7 +189,7 @@ class Scope:
 
     def __init__(self, module: nn.Module, entries: "list[SelectedEntries]", keeping: Keeping | None = None) -> None:
         self.agreement = Agreement(entries)
-        self.thread = 0
+        self.thread = self.depth = 0
         self.inner: list[Scope] = []
         self.outer: Scope | None = None
         self.tuner: Any = None
@@ -215,14 +219,34 @@ class Scope:
 
     # A copied module copies what it has: its entries and scope, but not the model around it, nor a pass that is under way.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "thread": 0, "outer": None}
+        return {**self.__dict__, "thread": 0, "depth": 0, "outer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._link()
 
+    def was_interrupted(self, called: nn.Module | None) -> bool:
+        """Whether the pass that seems to be under way is over: an interrupt by the user ends one without its hooks.
+
+        If so, it is ended now.
+
+        Args:
+            called: the module whose call has just begun, if one has.
+        """
+        if self.thread != threading.get_ident():
+            return False
+        calls = 1 if self._module is called else 0
+        if _calls_under_way(self._module) > calls:
+            return False
+        self.thread = self.depth = 0
+        if self.keeping is not None:
+            self.keeping.abandon()
+        return True
+
     def remove(self) -> None:
         """Leave the module, and those inside."""
+        if self.thread:
+            self.was_interrupted(None)
         for scope in self.inner:
             scope.remove()
         for hook in self._hooks:
@@ -236,6 +260,17 @@ def scope_of(module: nn.Module) -> Scope | None:
     return scope
 
 
+def _calls_under_way(module: nn.Module) -> int:
+    """How often this thread is in a call of ``module``."""
+    found = 0
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == _CALL and frame.f_locals.get("self") is module:
+            found += 1
+        frame = frame.f_back
+    return found
+
+
 def _begin(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
@@ -247,8 +282,11 @@ def _begin(module: nn.Module, args: Any) -> None:
             "an attached model cannot be replicated by DataParallel: its replicas would not be tuned. Use "
             "DistributedDataParallel, one process for each device"
         )
-    if scope.thread or (scope.outer is not None and scope.outer.thread):
-        return
+    for around in (scope, scope.outer):
+        if around is not None and around.thread and not around.was_interrupted(module):
+            if around is scope and scope.thread == threading.get_ident():
+                scope.depth += 1
+            return
     if type(module) is not scope.kind and scope.tuner is not None:
         scope.tuner.check_places()  # before a pass that would train nothing
         scope.kind = type(module)
@@ -266,6 +304,9 @@ def _end(module: nn.Module, args: Any, output: Any) -> None:
         return
     scope: Scope | None = module.__dict__.get(_SCOPE)
     if scope is not None and scope.thread == threading.get_ident():
+        if scope.depth:
+            scope.depth -= 1
+            return
         scope.thread = 0
         if scope.keeping is not None:
             scope.keeping.__exit__(None, None, None)
