@@ -175,6 +175,33 @@ def difference_rows(lines: list[Line], baseline: str) -> tuple[list[str], list[l
     return ["method", *(part for n in names for part in (f"k={n}: over runs (pairs)", "over images"))], body
 
 
+def fewer_bits_rows(lines: list[Line], like: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+    """Methods that keep their activations in fewer bits, each beside the same one that does not.
+
+    Args:
+        lines: of one split.
+        like: that other method, by each of these.
+    """
+    ks = {line["k"] for line in lines if line["k"] is not None} or {0}
+    datasets = sorted({line["dataset"] for line in lines if line["method"] in like})
+    body = []
+    for method, other in like.items():
+        if all(line["method"] != method for line in lines):
+            continue
+        row = [method]
+        for dataset in datasets:
+            here = [line for line in lines if line["dataset"] == dataset]
+            mine, theirs = _cells(here, method, ks), _cells(here, other, ks)
+            both = mine.keys() & theirs.keys()
+            found = (Estimate.of([c[cell]["accuracy"] for cell in both]) for c in (mine, theirs))
+            row.append(" / ".join(estimate.percent() for estimate in found) if both else "–")
+        runs, images = (paired(lines, method, other, ks) for paired in (paired_runs, paired_images))
+        row += [other, f"{runs.interval()} ({runs.count})", f"± {100 * images.half:.1f}" if images.count else "–"]
+        body.append(row)
+    head = ["method", *(f"{d}, its % / the other's" for d in datasets), "the other", "difference (pairs)", "over images"]
+    return head, body
+
+
 def update_rows(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
     """What the updates look like, means over all runs of a method and budget."""
     keys = ("effective_rank", "rank_share", "columns", "largest_column", "relative_norm")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.render import executed, plots, tables
+from benchmarks.render import accuracy, executed, plots, tables
 from benchmarks.render.tables import Content, load
 
 ROOT = Path(__file__).parents[2]
@@ -66,8 +66,9 @@ def readme_tables() -> dict[str, str | None]:
         "selection_time": made("selection_time", tables.selection_time),
         "kernels": made("kernels", tables.kernels),
         "executed": made("executed_kernels", executed.by_op),
+        "step": made("training", lambda content: tables.step_at_a_glance(content, README_MODEL)),
         "training": made("training", lambda content: tables.training(content, README_MODEL)),
-        "accuracy": tables.accuracy(tables.accuracy_lines()),
+        "accuracy": accuracy.accuracy(accuracy.accuracy_lines()),
     }
 
 
@@ -102,10 +103,10 @@ def page() -> tuple[str, list[plots.Plot]]:
         add("A training step", tables.training(content), plot=plots.training(content))
     if content := load("keeping"):
         add("What fewer bits do to gradients", KEEPING, tables.keeping(content))
-    if lines := tables.accuracy_lines():
-        add("Accuracy", tables.accuracy_details(lines), plot=plots.accuracy(lines))
+    if lines := accuracy.accuracy_lines():
+        add("Accuracy", accuracy.accuracy_details(lines), plot=plots.accuracy(lines))
     if content := load("accuracy_analysis"):
-        add("What choices are like", tables.analysis(content))
+        add("What choices are like", accuracy.analysis(content))
     if content := load("scaling"):
         add(
             "Scaling",

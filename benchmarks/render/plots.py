@@ -19,6 +19,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from benchmarks.accuracy import table as accuracy_table
+from benchmarks.render.accuracy import in_all_bits
 from benchmarks.render.tables import Content, Row
 
 # Wong's colours (Nature Methods 2011), which colour-blind readers can tell apart; ours is the vermilion.
@@ -197,7 +198,7 @@ def _fitted(method: str, rows: list[Row], fit: Row | None, scale: float, size: i
 
 def accuracy(lines: list[Row]) -> Plot | None:
     """Test accuracy by method, one panel for each data set and budget."""
-    tested = accuracy_table.of_split(lines, "test")
+    tested = in_all_bits(lines)
     panels = []
     cells: dict[tuple[str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     ks = sorted({line["k"] for line in tested if line["k"] is not None})

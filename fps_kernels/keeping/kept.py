@@ -188,7 +188,6 @@ class Keeping:
             with torch.no_grad(), _overrides_off():
                 hooks[1].close()
 
-
     def abandon(self) -> None:
         """Leave what was entered last and never left: hooks that came later stay."""
         hooks = self._entered.pop()

@@ -156,7 +156,7 @@ class Mask(Packed):
 
 
 class Signs(Packed):
-    """One bit for each number of a dense tensor: whether it is positive, or not a number. It comes back as ones and zeros."""
+    """One bit for each number of a dense tensor: whether it is positive, or NaN. It comes back as ones and zeros."""
 
     def _pack(self, t: Tensor) -> tuple[Tensor, ...]:
         return (_bits((along_memory(t) <= 0).logical_not_()),)

@@ -94,7 +94,7 @@ def convnet() -> nn.Sequential:
 
 @pytest.mark.parametrize("attached", [False, True])
 def test_a_convolutional_network(attached):
-    """Hardly more than a third of the memory, and a gradient that is off by what 8 bits of inputs cost, not by flipped signs."""
+    """Little more than a third of the memory; the gradient is off by what 8 bits of inputs cost, not by flipped signs."""
     x = torch.randn(4, 8, 24, 24, generator=torch.Generator().manual_seed(1))
     found = {}
     for bits in (None, 8):
