@@ -2,7 +2,7 @@
 //
 // Numbers are taken a block of LANES groups at a time, so that minima and steps of a whole block are made in one vector. A
 // block that holds NaN, infinity or a range beyond float32 is done again, number by number. What does not lie one behind the
-// other is copied together first, a block at a time. Scratch: 4 KiB per thread.
+// other is copied together first, a block at a time. Scratch: 5 KiB per thread.
 #include "parts/lanes.h"
 #include "parts/rows.h"
 
@@ -126,18 +126,19 @@ struct Scales { // minima and steps of a block's groups, and their rounded recip
 
 // Whether all is finite; otherwise the scales mean nothing.
 template <int MOST, class T> bool find_scales(const T* x, Scales* s) {
-    F low[GROUPS], high[GROUPS], zero = {};
+    F low[GROUPS], high[GROUPS], zeros[4] = {}; // several, so that none waits for the one before
     for (int g = 0; g < GROUPS; ++g) {
         F v = load(x + g * GROUP);
         low[g] = high[g] = v;
-        zero = fused(v, F{}, zero); // NaN as soon as one is not finite
+        zeros[g % 2] = fused(v, F{}, zeros[g % 2]); // NaN as soon as one is not finite
         for (int i = 1; i < VECTORS; ++i) {
             v = load(x + g * GROUP + i * LANES);
             low[g] = smaller(low[g], v);
             high[g] = larger(high[g], v);
-            zero = fused(v, F{}, zero);
+            zeros[2 + i % 2] = fused(v, F{}, zeros[2 + i % 2]);
         }
     }
+    F zero = (zeros[0] + zeros[1]) + (zeros[2] + zeros[3]);
     const F minimum = rounded_down(combine_rows([&](int g) { return low[g]; }, smaller) + 0.0f);
     const F spread = combine_rows([&](int g) { return high[g]; }, larger) - minimum;
     zero += spread * 0.0f;
@@ -192,6 +193,30 @@ void pack_block(const T* x, int64_t position, const Rounding& rounding, uint8_t*
 
 // ---------------------------------------------------------------------------------------------- all of them
 
+// Results of so many bytes go past the caches, which would have to read them first. Codes are asked for in the backward pass
+// at the earliest; what is unpacked is asked for next, and is written there only if no cache would hold it.
+constexpr int64_t MANY_CODES = 1 << 20, MANY_NUMBERS = 1 << 26;
+
+// `size` bytes, a multiple of 64, from an aligned place to another one.
+inline void stream(uint8_t* to, const uint8_t* from, int size) {
+#if defined(FPS_ISA_avx512)
+    for (int i = 0; i < size; i += 64) _mm512_stream_si512((__m512i*)(to + i), _mm512_load_si512(from + i));
+#elif defined(FPS_ISA_avx2)
+    for (int i = 0; i < size; i += 32)
+        _mm256_stream_si256((__m256i*)(to + i), _mm256_load_si256((const __m256i*)(from + i)));
+#elif defined(__SSE2__)
+    for (int i = 0; i < size; i += 16) _mm_stream_si128((__m128i*)(to + i), _mm_load_si128((const __m128i*)(from + i)));
+#else
+    memcpy(to, from, (size_t)size);
+#endif
+}
+
+inline void end_streams() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 // Copies `n` numbers together from the position `begin` on.
 template <class T> void gather(const fps::Numbers& x, int64_t begin, int64_t n, T* to) {
     int64_t at[4];
@@ -218,9 +243,12 @@ template <int BITS, class Rounding, class T>
 int pack_all(const fps::Numbers& x, const Rounding& rounding, uint8_t* codes, uint16_t* scales, int threads) {
     const int64_t n = x.sizes[0] * x.sizes[1] * x.sizes[2] * x.sizes[3], blocks = ceil_div(n, BLOCK);
     const bool dense = n == x.sizes[3] && x.strides[3] == 1;
+    constexpr int BYTES = BLOCK * BITS / 8;
+    const bool streams = BYTES % 64 == 0 && n * BITS / 8 >= MANY_CODES && (uintptr_t)codes % 64 == 0;
 #pragma omp parallel for schedule(static) if (threads > 1 && n > WORTH_THREADS)
     for (int64_t chunk = 0; chunk < ceil_div(blocks, CHUNK_BLOCKS); ++chunk) {
         T copied[BLOCK];
+        alignas(64) uint8_t made[BYTES];
         for (int64_t b = chunk * CHUNK_BLOCKS; b < least((chunk + 1) * CHUNK_BLOCKS, blocks); ++b) {
             const int64_t begin = b * BLOCK, size = least(BLOCK, n - begin);
             const T* numbers = (const T*)x.data + begin;
@@ -231,10 +259,13 @@ int pack_all(const fps::Numbers& x, const Rounding& rounding, uint8_t* codes, ui
                 for (int64_t i = size; i < BLOCK; ++i) copied[i] = copied[size - 1]; // changes no minimum and no maximum
                 numbers = copied;
             }
-            if (size == BLOCK) {
+            if (size == BLOCK && streams) {
+                pack_block<BITS>(numbers, begin, rounding, made, scales_to);
+                stream(to, made, BYTES);
+            } else if (size == BLOCK) {
                 pack_block<BITS>(numbers, begin, rounding, to, scales_to);
             } else {
-                uint8_t last[BLOCK * BITS / 8];
+                uint8_t* last = made;
                 uint16_t last_scales[2 * GROUPS];
                 pack_block<BITS>(numbers, begin, rounding, last, last_scales);
                 if (BITS == 4 && size % 2 != 0) last[size / 2] &= 15;
@@ -242,6 +273,7 @@ int pack_all(const fps::Numbers& x, const Rounding& rounding, uint8_t* codes, ui
                 memcpy(scales_to, last_scales, (size_t)ceil_div(size, GROUP) * 2 * sizeof(uint16_t));
             }
         }
+        if (streams) end_streams();
     }
     return fps::OK;
 }
@@ -261,8 +293,16 @@ inline float largest(f16) { return 65504.0f; }
 
 inline void store(float* p, F v) { store_vector(p, v); }
 inline void store(bf16* p, F v) { // finite, or the one NaN that packing makes
-    const U bits = (U)v;
-    store_vector(p, __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, H));
+    const U bits = (U)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+#if defined(FPS_ISA_avx512)
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)rounded));
+#elif defined(FPS_ISA_avx2)
+    const __m256i pairs = (__m256i)rounded;
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    _mm_storeu_si128((__m128i*)p, halves);
+#else
+    store_vector(p, __builtin_convertvector(rounded, H));
+#endif
 }
 #if defined(FPS_ISA_avx512)
 inline void store(f16* p, F v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT)); }
@@ -278,28 +318,36 @@ template <int BITS, class T> inline void unpack_group(const uint8_t* codes, cons
     const F minimum = broadcast(from_bits((uint32_t)scale[0] << 16)), step = broadcast(from_bits((uint32_t)scale[1] << 16));
     const F most = broadcast(largest(T()));
     for (int i = 0; i < GROUP; i += LANES) {
-        F v = minimum + __builtin_convertvector(Codes<BITS>::load(codes, i), F) * step;
-        v = v > most ? most : v;
-        store(out + i, v < -most ? -most : v);
+        const F v = minimum + __builtin_convertvector(Codes<BITS>::load(codes, i), F) * step;
+        store(out + i, larger(-most, smaller(most, v))); // which are the latter where one is NaN
     }
 }
 
 template <int BITS, class T> int unpack_all(const uint8_t* codes, const uint16_t* scales, T* out, int64_t n, int threads) {
-    const int64_t groups = ceil_div(n, GROUP), chunk_groups = CHUNK_BLOCKS * GROUPS;
+    const int64_t blocks = ceil_div(n, BLOCK);
+    const bool streams = n * (int64_t)sizeof(T) >= MANY_NUMBERS && (uintptr_t)out % 64 == 0;
 #pragma omp parallel for schedule(static) if (threads > 1 && n > WORTH_THREADS)
-    for (int64_t chunk = 0; chunk < ceil_div(groups, chunk_groups); ++chunk) {
-        for (int64_t g = chunk * chunk_groups; g < least((chunk + 1) * chunk_groups, groups); ++g) {
-            const int64_t begin = g * GROUP, size = least(GROUP, n - begin);
-            if (size == GROUP) {
-                unpack_group<BITS>(codes + begin * BITS / 8, scales + 2 * g, out + begin);
-            } else {
+    for (int64_t chunk = 0; chunk < ceil_div(blocks, CHUNK_BLOCKS); ++chunk) {
+        alignas(64) T made[BLOCK];
+        for (int64_t b = chunk * CHUNK_BLOCKS; b < least((chunk + 1) * CHUNK_BLOCKS, blocks); ++b) {
+            const int64_t begin = b * BLOCK, size = least(BLOCK, n - begin);
+            const uint8_t* from = codes + begin * BITS / 8;
+            T* to = streams ? made : out + begin;
+            for (int64_t g = 0; g < size / GROUP; ++g)
+                unpack_group<BITS>(from + g * GROUP * BITS / 8, scales + 2 * (b * GROUPS + g), to + g * GROUP);
+            if (const int64_t rest = size % GROUP, at = size - rest; rest != 0) {
                 uint8_t last[GROUP] = {};
                 T numbers[GROUP];
-                memcpy(last, codes + begin * BITS / 8, (size_t)ceil_div(size * BITS, 8));
-                unpack_group<BITS>(last, scales + 2 * g, numbers);
-                memcpy(out + begin, numbers, (size_t)size * sizeof(T));
+                memcpy(last, from + at * BITS / 8, (size_t)ceil_div(rest * BITS, 8));
+                unpack_group<BITS>(last, scales + 2 * (b * GROUPS + at / GROUP), numbers);
+                memcpy(to + at, numbers, (size_t)rest * sizeof(T));
             }
+            if (streams && size == BLOCK)
+                stream((uint8_t*)(out + begin), (const uint8_t*)made, sizeof(made));
+            else if (streams)
+                memcpy(out + begin, made, (size_t)size * sizeof(T));
         }
+        if (streams) end_streams();
     }
     return fps::OK;
 }
