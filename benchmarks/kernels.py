@@ -243,8 +243,9 @@ def packed_groups(report: Report) -> None:
         source = torch.zeros(nbytes // 2, dtype=torch.uint8)
         goal = torch.zeros_like(source)
         name, copy = f"[65536, 4096] {str(dtype).removeprefix('torch.')}, 8 bits", f"copy of {nbytes / 2e6:.0f} MB"
+        numbers = x.view(-1)
         calls = {  # results are written to memory that is there, as a copy's is
-            "pack_groups": lambda x=x.view(-1), packed=packed: native_packing.pack_groups_into(x, 8, None, *packed),
+            "pack_groups": lambda x=numbers, packed=packed: native_packing.pack_groups_into(x, 8, None, *packed),
             "unpack_groups": lambda packed=packed, out=out: native.unpack_groups(*packed, out.view(-1), 8),
         }
         for op, run in calls.items():

@@ -145,19 +145,27 @@ def training(content: Content) -> Plot | None:
     for model in dict.fromkeys(row["model"] for row in run):
         rows = [row for row in run if row["model"] == model]
         known = {"full": "full", "LoRA r=8": "LoRA", "attach, k=1": "FPS", "attach, k=4": "attach"}
-        others = iter(OTHERS)
+        others, colours = iter(OTHERS), {}
+        for name in dict.fromkeys(_whole(row["method"]) for row in rows):
+            colours[name] = COLOURS.get(known.get(name, "")) or next(others)
         series = [
             Series(
                 row["method"].replace(" (no weight gradient)", ""),
                 [row["peak_bytes"] / 2**30],
                 [row["time_over_full"]],
-                colour=COLOURS.get(known.get(row["method"], "")) or next(others),
+                hollow=[row["method"] != _whole(row["method"])],  # activations kept in fewer bits
+                colour=colours[_whole(row["method"])],
             )
             for row in rows
         ]
         panels.append(Panel(f"{model}, batch {rows[0]['batch']}", "peak memory, GiB", "time of a step over full", series))
     description = "Peak memory and time of a training step by method"
     return Plot("training_step", description, panels, height=3.8) if panels else None
+
+
+def _whole(method: str) -> str:
+    """The method that keeps activations as they are, which has the colour of the same one in 8 bits."""
+    return method.removesuffix(", 8 bits")
 
 
 def scaling(content: Content) -> Iterator[Plot]:

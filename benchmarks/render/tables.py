@@ -21,6 +21,11 @@ KERNELS = {
         "exact global 1 % of ViT-B's weights",
         "`torch.cat(scores).topk(k)`",
     ),
+    ("pack_groups [65536, 4096] float32, 8 bits", "copy of 688 MB"): (
+        "activations to 8 bits, [65536, 4096] float32",
+        "a copy of as many bytes",
+    ),
+    ("unpack_groups [65536, 4096] float32, 8 bits", "copy of 688 MB"): ("and back", "a copy of as many bytes"),
     ("masked_adamw_ k=8 per row", "torch.optim.AdamW(fused=True)"): (
         "AdamW step, 8 entries a row of ViT-B",
         "`torch.optim.AdamW(fused=True)`",
