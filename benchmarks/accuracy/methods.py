@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fps_kernels as fps
 from benchmarks.accuracy import ideas
 from benchmarks.accuracy.coarse import coarse
+from benchmarks.accuracy.lines import FEWER_BITS
 from benchmarks.shared import methods
 from fps_kernels.choosing.gps import random_views
 from fps_kernels.demo.data import Task
@@ -151,9 +152,13 @@ METHODS: dict[str, Method] = {
     "PEFT SHiRA": Method(partial(_like_selection, "shira"), 1e-3, True),
     "PEFT Supertuning": Method(partial(_like_selection, "supertuning"), 1e-3, True),
     # At the rates that were found for 32 bits: the difference is that of the bits alone.
-    "FPS, 8 bits": Method(partial(_sparse, CHOICES["FPS"], keep_bits=8), 1e-3, True, like="FPS"),
-    "LoRA r=8, 8 bits": Method(lambda m, o, lr: methods.in_8_bits(_lora(m, o, lr)), 1e-3, False, like="LoRA r=8"),
-    "FPS, GELU in 4 bits": Method(coarse(partial(_sparse, CHOICES["FPS"], keep_bits=8)), 1e-3, True, like="FPS"),
+    "FPS, 8 bits": Method(partial(_sparse, CHOICES["FPS"], keep_bits=8), 1e-3, True, like=FEWER_BITS["FPS, 8 bits"]),
+    "LoRA r=8, 8 bits": Method(
+        lambda m, o, lr: methods.in_8_bits(_lora(m, o, lr)), 1e-3, False, like=FEWER_BITS["LoRA r=8, 8 bits"]
+    ),
+    "FPS, GELU in 4 bits": Method(
+        coarse(partial(_sparse, CHOICES["FPS"], keep_bits=8)), 1e-3, True, like=FEWER_BITS["FPS, GELU in 4 bits"]
+    ),
 }
 
 # In the order in which they are run: what the comparison is about comes first.

@@ -2,20 +2,17 @@
 
 from benchmarks.accuracy import table as accuracy_table
 from benchmarks.accuracy.ideas import IDEAS
-from benchmarks.accuracy.lines import read
-from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.lines import FEWER_BITS, read
+from benchmarks.render import tables
 from benchmarks.render.tables import Content, Row, markdown, source
-from benchmarks.shared.measuring import RESULTS
 
 # The least that a data set must have before its accuracies are shown in the README.
 NEEDED = {"random", "FPS", "GPS", "linear", "full"}
-# Methods that keep their activations in fewer bits, and the one that each is held against.
-FEWER_BITS = {name: method.like for name, method in METHODS.items() if method.like is not None}
 
 
 def accuracy_lines() -> list[Row]:
     """The runs of ``accuracy.jsonl``."""
-    return read(RESULTS / "accuracy.jsonl")
+    return read(tables.RESULTS / "accuracy.jsonl")
 
 
 def _accuracy_source(lines: list[Row]) -> str:
