@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.render import accuracy, executed, plots, tables
+from benchmarks.render import accuracy, coverage, executed, plots, tables
 from benchmarks.render.tables import Content, load
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +38,13 @@ KEEPING = (
     "operation keeps as it is and in 8 bits; in 4, which are not offered. Channels have scales of their own, as in "
     "pretrained networks. Queries and keys of the fused attention have 12 and 8 bits, "
     "or all 16."
+)
+COVERAGE = (
+    "Models built from their configurations, without weights; those of transformers and diffusers made small. Of each: a "
+    "choice of two entries a neuron, the gradients of the chosen entries against the dense ones (1e-5 of the largest of the "
+    "weight), no dense gradient, three steps with every other entry's bits as they were, a delta file that gives the tuned "
+    "model, and its way back to the bits of before. *Eligible* is the share of the entries of matrices that there is to "
+    "choose from; tables that are only looked up are most of the rest. A pass is forward and backward."
 )
 SCALING = """Exponents of power laws, fitted by least squares of the logarithms, ± their standard error; `beyond the weights`
 fits what is needed besides the model. Models are ViTs in float32. FPS goes through a batch in micro-batches of one image.
@@ -107,6 +114,10 @@ def page() -> tuple[str, list[plots.Plot]]:
         add("Accuracy", accuracy.accuracy_details(lines), plot=plots.accuracy(lines))
     if content := load("accuracy_analysis"):
         add("What choices are like", accuracy.analysis(content))
+    if content := load("coverage"):
+        add("Models", COVERAGE, coverage.by_library(content), coverage.by_model(content))
+    if content := load("streaming"):
+        add("A model that stays in its files", tables.streaming(content))
     if content := load("scaling"):
         add(
             "Scaling",

@@ -76,7 +76,7 @@ def _largest_score(w: ScoredWeight, entries: WeightSelection) -> Tensor:
     rows, columns = entries.rows(), entries.columns.long()
     groups = w.factors.shape[0]
     factors = w.factors[0, columns] if groups == 1 else w.factors[rows // (w.layout.shape[0] // groups), columns]
-    return (w.matrix[rows, columns].float() * factors).abs_().amax()
+    return (entries.of(w.values).float() * factors).abs_().amax()
 
 
 def _score_bound(w: ScoredWeight) -> Tensor:

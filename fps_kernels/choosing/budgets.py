@@ -1,5 +1,7 @@
 """How many entries, and who competes with whom. Counts are exact, always."""
 
+import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -35,10 +37,19 @@ class ScoredWeight:
     factors: Tensor
     stays: bool = True
 
-    @property
-    def matrix(self) -> Tensor:
-        """``[O, C]``; made when asked for, since a channels-last convolution is copied."""
-        return self.layout.matrix(self.values)
+    def blocks(self) -> list[tuple[Tensor, Tensor]]:
+        """Matrices of which the weight's is made, one below the other, with their factors.
+
+        That is one, but for experts that are stacked in such an order that the whole would be a copy. Made when asked for,
+        since a channels-last convolution is copied.
+        """
+        matrices = self.layout.matrices(self.values)
+        if len(matrices) == 1:
+            return [(matrices[0], self.factors)]
+        factors = self.factors
+        if len(factors) % len(matrices):
+            factors = factors.repeat_interleave(math.lcm(len(factors), len(matrices)) // len(factors), 0)
+        return list(zip(matrices, factors.chunk(len(matrices)), strict=True))
 
 
 class Begun(NamedTuple):
@@ -74,6 +85,14 @@ class Budget(ABC):
             ValueError: with the weight's name.
         """
 
+    def remark(self, layouts: dict[str, MatrixLayout]) -> str:
+        """What there is to say of weights that the budget fits in a way of its own; nothing if there are none.
+
+        Raises:
+            ValueError: it fits none.
+        """
+        return ""
+
     @abstractmethod
     def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
         """The best entries of a group of weights."""
@@ -103,10 +122,13 @@ def _count(density: float, entries: int) -> int:
 class PerNeuron(Budget):
     """The ``k`` best entries of every output neuron (row): ``k * O`` entries of each weight.
 
+    A row of fewer than ``k`` columns, as in a depthwise convolution of 1×1, gives all that it has, and :func:`fps.select`
+    says so once.
+
     Source: section 3.2 of GPS (Zhang et al., CVPR 2024), kept by FPS (arXiv 2510.27359).
 
     Attributes:
-        k: entries per row, at least 1 and at most the columns of every weight.
+        k: entries per row, at least 1.
 
     Example:
         >>> selection = fps.select(model, loader, budget=fps.PerNeuron(4))
@@ -121,21 +143,26 @@ class PerNeuron(Budget):
             raise ValueError(f"k must be at least 1, got {self.k}")
 
     def check(self, name: str, layout: MatrixLayout) -> None:
-        """Refuse weights with fewer columns than ``k``."""
-        if self.k > layout.shape[1]:
-            raise ValueError(
-                f"k={self.k} exceeds the {layout.shape[1]} columns of {name}: choose a smaller k, or leave it out with "
-                f"exclude={name!r}"
-            )
+        """Refuse weights of too many entries."""
         if self.k * layout.shape[0] > ops.MAX_NNZ:
             raise ValueError(f"k={self.k} for the {layout.shape[0]} rows of {name} is more than 2**31 - 1 entries")
+
+    def remark(self, layouts: dict[str, MatrixLayout]) -> str:
+        """Weights with fewer columns than ``k``; it is refused that all of them are."""
+        most = max((layout.shape[1] for layout in layouts.values()), default=self.k)
+        if most < self.k:
+            raise ValueError(f"k={self.k} exceeds the {most} columns of the widest weight: choose a smaller k")
+        narrow = [name for name, layout in layouts.items() if layout.shape[1] < self.k]
+        return _narrow(narrow, f"fewer columns than k={self.k}: every row of theirs gives all that it has") if narrow else ""
 
     def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
         """The best entries of every weight."""
         chosen = {}
         for w in weights:
-            columns = ops.score_topk(w.matrix, w.factors, int(self.k))
-            row_offsets = uniform_row_offsets(columns.shape[0], int(self.k), columns.device)
+            k = min(int(self.k), w.layout.shape[1])
+            found = [ops.score_topk(matrix, factors, k) for matrix, factors in w.blocks()]
+            columns = found[0] if len(found) == 1 else torch.cat(found)
+            row_offsets = uniform_row_offsets(columns.shape[0], k, columns.device)
             chosen[w.name] = WeightSelection.trusted(w.layout, row_offsets, columns.flatten())
         return chosen
 
@@ -144,15 +171,14 @@ class PerNeuron(Budget):
         chosen = {}
         for name, layout in layouts.items():
             O, C = layout.shape
+            k = min(int(self.k), C)
             rows_at_once = max(1, 2**22 // max(C, 1))  # bounds the scratch
             columns = [
-                torch.rand(min(rows_at_once, O - start), C, generator=generator, device="cpu")
-                .topk(self.k, sorted=False)
-                .indices
+                torch.rand(min(rows_at_once, O - start), C, generator=generator, device="cpu").topk(k, sorted=False).indices
                 for start in range(0, O, rows_at_once)
             ]
             flat = torch.cat(columns).sort(1).values.int().flatten()
-            chosen[name] = WeightSelection(layout, uniform_row_offsets(O, int(self.k)), flat)
+            chosen[name] = WeightSelection(layout, uniform_row_offsets(O, k), flat)
         return chosen
 
 
@@ -164,22 +190,16 @@ class _EachWeight(Budget):
         """How many entries of a weight."""
 
     def check(self, name: str, layout: MatrixLayout) -> None:
-        """Refuse weights that have fewer entries than the budget."""
-        O, C = layout.shape
-        if self.count(layout) > O * C:
-            raise ValueError(
-                f"{self!r} needs {self.count(layout)} entries of {name}, which has {O * C}: choose fewer, or leave it out "
-                f"with exclude={name!r}"
-            )
+        """Every weight will do."""
 
     def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
         """The best entries of every weight."""
         chosen = {}
         for w in weights:
-            matrix, count = w.matrix, self.count(w.layout)
-            threshold, _, _ = ops.score_kth([matrix], [w.factors], count)
-            csr = ops.score_select(matrix, w.factors, threshold, count)
-            chosen[w.name] = WeightSelection.trusted(w.layout, *csr)
+            blocks, count = w.blocks(), self.count(w.layout)
+            threshold, *counts = ops.score_kth([matrix for matrix, _ in blocks], [factors for _, factors in blocks], count)
+            numbers = [count] if len(blocks) == 1 else _shares(count, *(c.tolist() for c in fetched(counts)))
+            chosen[w.name] = _selected(w, blocks, threshold, numbers)
         return chosen
 
     def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
@@ -219,7 +239,8 @@ class LikeLoRA(_EachWeight):
     The budget for comparisons at equal size, and that of SHiRA (Bhardwaj et al., NeurIPS 2024) as PEFT has it.
 
     Attributes:
-        rank: of the LoRA, at least 1; ``rank * (O + C)`` must not exceed the ``O * C`` entries of any weight.
+        rank: of the LoRA, at least 1. A weight of fewer entries than ``rank * (O + C)`` gives all, and :func:`fps.select`
+            says so.
 
     Example:
         >>> selection = fps.select(model, loader, budget=fps.LikeLoRA(8), include="blocks.*")
@@ -234,7 +255,15 @@ class LikeLoRA(_EachWeight):
             raise ValueError(f"rank must be at least 1, got {self.rank}")
 
     def count(self, layout: MatrixLayout) -> int:
-        return int(self.rank) * sum(layout.shape)
+        O, C = layout.shape
+        return min(int(self.rank) * (O + C), O * C)
+
+    def remark(self, layouts: dict[str, MatrixLayout]) -> str:
+        """Weights that are smaller than their LoRA."""
+        small = [name for name, layout in layouts.items() if int(self.rank) * sum(layout.shape) > math.prod(layout.shape)]
+        return (
+            _narrow(small, f"fewer entries than LoRA of rank {self.rank} has numbers there: all are chosen") if small else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -270,22 +299,22 @@ class Global(Budget):
                 f"a Global budget compares all weights, which lie on {', '.join(sorted(devices))}: use PerTensor or "
                 "PerNeuron, or bring the model to one device"
             )
-        matrices, factors = [w.matrix for w in weights], [w.factors for w in weights]
+        every = [w.blocks() for w in weights]
+        blocks = [block for own in every for block in own]
         count = _count(self.density, sum(w.values.numel() for w in weights))
-        threshold, greater, equal = ops.score_kth(matrices, factors, count)
-        held = matrices if threshold.is_cpu else None  # copies of channels-last weights, of which a GPU would hold many
+        threshold, greater, equal = ops.score_kth([m for m, _ in blocks], [factors for _, factors in blocks], count)
+        held = every if threshold.is_cpu else None  # copies of channels-last weights, of which a GPU would hold many
+        lengths = [len(own) for own in every]
+        del every, blocks
 
         def finish(read: Sequence[Tensor]) -> dict[str, WeightSelection]:
-            above, same = (counts.tolist() for counts in read)
-            ties_left = count - sum(above)
-            chosen = {}
-            for i, (w, n_above, n_same) in enumerate(zip(weights, above, same, strict=True)):
-                ties = min(ties_left, n_same)
-                ties_left -= ties
-                matrix = w.matrix if held is None else held[i]
-                csr = ops.score_select(matrix, w.factors, threshold, n_above + ties)
-                chosen[w.name] = WeightSelection.trusted(w.layout, *csr)
-            return chosen
+            numbers = iter(_shares(count, *(counts.tolist() for counts in read)))
+            return {
+                w.name: _selected(
+                    w, w.blocks() if held is None else held[i], threshold, [next(numbers) for _ in range(length)]
+                )
+                for i, (w, length) in enumerate(zip(weights, lengths, strict=True))
+            }
 
         return Begun((greater, equal), finish)
 
@@ -300,6 +329,33 @@ class Global(Budget):
             name: WeightSelection.from_flat(layout, part - (end - size))
             for (name, layout), part, end, size in zip(layouts.items(), parts, ends, sizes, strict=True)
         }
+
+
+def _narrow(names: list[str], what: str) -> str:
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} weight{'s' * (len(names) > 1)} ({shown}) {'have' if len(names) > 1 else 'has'} {what}"
+
+
+def _shares(count: int, above: list[int], equal: list[int]) -> list[int]:
+    """How many of ``count`` entries each matrix gets: those above the threshold, and the rest of the first equal to it."""
+    left, shares = count - sum(above), []
+    for n_above, n_equal in zip(above, equal, strict=True):
+        ties = min(left, n_equal)
+        left -= ties
+        shares.append(n_above + ties)
+    return shares
+
+
+def _selected(
+    w: ScoredWeight, blocks: list[tuple[Tensor, Tensor]], threshold: Tensor, numbers: list[int]
+) -> WeightSelection:
+    """So many entries of each matrix of a weight, by the threshold."""
+    found = [ops.score_select(*block, threshold, number) for block, number in zip(blocks, numbers, strict=True)]
+    if len(found) == 1:
+        return WeightSelection.trusted(w.layout, *found[0])
+    before = itertools.accumulate(numbers, initial=0)
+    offsets = [row_offsets[i > 0 :] + begin for i, ((row_offsets, _), begin) in enumerate(zip(found, before, strict=False))]
+    return WeightSelection.trusted(w.layout, torch.cat(offsets), torch.cat([columns for _, columns in found]))
 
 
 def check_budget(budget: Any) -> None:

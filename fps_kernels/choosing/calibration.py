@@ -14,21 +14,41 @@ from fps_kernels.choosing.finite_checks import FiniteCheck, check_finite
 from fps_kernels.choosing.statistics import ActivationStats, WeightStats, combine
 from fps_kernels.ops import BackendUnavailableError, backend_for, native
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated
+from fps_kernels.weights.sharding import check_whole
 from fps_kernels.weights.survey import Survey
 from fps_kernels.weights.watching import WeightUse
 
 MAX_ROW_BLOCKS = 64
 
-_BOTH_WAYS = "{} is used both as it is and transposed; leave one use out with forward="
+_BOTH_WAYS = "{} is used both as it is and transposed, or reshaped; leave one use out with forward="
 
 
 class _Sums:
-    """Column norms ``[G, C]`` of the inputs of a range of rows, of how many rows, and in how many calls."""
+    """Column norms ``[G, C]`` of the inputs of a range of rows, of how many rows, and in how many calls.
+
+    Attributes:
+        norm: for each of ``G`` equal blocks of the range.
+        rows: activation rows that were summed, for each block or for all.
+        calls: multiplications.
+    """
 
     __slots__ = ("calls", "norm", "rows")
 
     def __init__(self, norm: Tensor) -> None:
-        self.norm, self.rows, self.calls = norm, 0, 0
+        self.norm, self.calls = norm, 0
+        self.rows: int | tuple[int, ...] = 0
+
+    def add_rows(self, rows: int | tuple[int, ...]) -> None:
+        if isinstance(rows, int) and isinstance(self.rows, int):
+            self.rows += rows
+        else:
+            self.rows = tuple(
+                a + b for a, b in zip(_each(self.rows, len(self.norm)), _each(rows, len(self.norm)), strict=True)
+            )
+
+
+def _each(rows: int | tuple[int, ...], blocks: int) -> tuple[int, ...]:
+    return (rows,) * blocks if isinstance(rows, int) else rows
 
 
 class _Accumulator:
@@ -41,12 +61,21 @@ class _Accumulator:
         self.ranges: dict[tuple[int, int], _Sums | native.ColumnNorms] = {}
 
     def add(self, use: WeightUse, ord: float) -> None:
+        groups = use.kind.groups
         sums = self.ranges.get(use.rows)
         if sums is None:
-            shape = use.kind.groups, self.layout.shape[1]
+            shape = groups, self.layout.shape[1]
             sums = self.ranges[use.rows] = _Sums(torch.zeros(shape, dtype=torch.float64, device=use.input.device))
+        if len(sums.norm) != groups:
+            raise ValueError(
+                f"{use.name} is used in {len(sums.norm)} groups and in {groups}; leave one use out with forward="
+            )
         use.kind.add_column_norms_(use.input, sums.norm, ord)
-        sums.rows += use.kind.input_rows(use.input)
+        rows = use.kind.input_rows(use.input)
+        if isinstance(sums, _Sums):
+            sums.add_rows(rows)
+        elif isinstance(rows, int):  # of a linear map
+            sums.rows += rows
         sums.calls += 1
 
     def finish(self, ord: float) -> WeightStats | str:
@@ -54,27 +83,34 @@ class _Accumulator:
         O, C = self.layout.shape
         self.ranges = {rows: sums for rows, sums in self.ranges.items() if sums.calls}
         calls = sum(sums.calls for sums in self.ranges.values())
-        if not any(sums.rows for sums in self.ranges.values()):
+        counted = {rows: _each(sums.rows, len(sums.norm)) for rows, sums in self.ranges.items()}
+        if not any(map(any, counted.values())):
             return "all its inputs were empty"
         if len(self.ranges) == 1 and (0, O) in self.ranges:
-            whole = self.ranges[0, O]
-            return WeightStats(self.layout, whole.norm, (whole.rows,) * len(whole.norm), calls)
-        if any(len(sums.norm) > 1 for sums in self.ranges.values()):
-            return "only some groups of its convolution were used"
-        block = math.gcd(O, *(edge for edges in self.ranges for edge in edges))
+            return WeightStats(self.layout, self.ranges[0, O].norm, counted[0, O], calls)
+        sizes = {(stop - start) // len(self.ranges[start, stop].norm) for start, stop in self.ranges}
+        block = math.gcd(O, *(start for start, _ in self.ranges), *sizes)
         blocks = O // block
-        if blocks > MAX_ROW_BLOCKS:
+        if blocks > max(MAX_ROW_BLOCKS, 2 * len(self.ranges), self.layout.sizes[0] if self._is_stacked else 0):
             return f"it is used through {len(self.ranges)} slices of unequal sizes"
         first = next(iter(self.ranges.values())).norm
         norms = torch.zeros(blocks, C, dtype=torch.float64, device=first.device)
         counts = [0] * blocks
         for (start, stop), sums in self.ranges.items():
-            for i in range(start // block, stop // block):
-                norms[i] = combine(norms[i], sums.norm[0], ord)
-                counts[i] += sums.rows
-        if not all(counts):
+            repeat = (stop - start) // len(sums.norm) // block
+            for i, (norm, rows) in enumerate(zip(sums.norm, counted[start, stop], strict=True)):
+                for j in range(start // block + i * repeat, start // block + (i + 1) * repeat):
+                    norms[j] = combine(norms[j], norm, ord)
+                    counts[j] += rows
+        # An expert that no token was sent to is one that may be used; any other row that multiplied nothing is not.
+        if not all(counts) and not self._is_stacked and (len(sizes) > 1 or len(self.ranges) == 1):
             return "some of its rows multiplied nothing"
         return WeightStats(self.layout, norms, tuple(counts), calls)
+
+    @property
+    def _is_stacked(self) -> bool:
+        """Whether it is several matrices, as the experts of a mixture."""
+        return len(self.layout.row_dims) > 1
 
 
 def calibrate(
@@ -135,6 +171,7 @@ def unchecked_statistics(
 ) -> tuple[ActivationStats, list[FiniteCheck]]:
     """:func:`calibrate` without having looked whether activations were finite: whoever goes on looks at that later."""
     accumulators: dict[str, _Accumulator] = {}
+    check_whole(survey)
     survey.check_has_values()
     memory, direct = _direct_sums(survey, ord)
 
@@ -142,9 +179,11 @@ def unchecked_statistics(
         accumulator = accumulators.get(use.name)
         if accumulator is None:
             accumulator = accumulators[use.name] = _Accumulator(use.layout)
-            if use.name in direct and not use.layout.transposed:
+            if use.name in direct and use.layout.row_dims == (0,):
                 accumulator.ranges[0, use.layout.shape[0]] = direct[use.name]
-        if accumulator.layout != use.layout or (use.layout.transposed and use.name in direct and direct[use.name].calls):
+        if accumulator.layout != use.layout or (
+            use.layout.row_dims != (0,) and use.name in direct and direct[use.name].calls
+        ):
             raise ValueError(_BOTH_WAYS.format(use.name))
         try:
             accumulator.add(use, ord)
@@ -169,7 +208,7 @@ def unchecked_statistics(
         if name in uses.hidden:
             stats = uses.why_hidden(name)
         elif accumulator is not None:
-            if accumulator.layout.transposed and sums is not None and sums.calls:
+            if accumulator.layout.row_dims != (0,) and sums is not None and sums.calls:
                 raise ValueError(_BOTH_WAYS.format(name))
             stats = accumulator.finish(ord)
         elif sums is not None and sums.calls:
@@ -182,6 +221,15 @@ def unchecked_statistics(
             weights[name] = stats
     result = ActivationStats(float(ord), weights, unused, dict(survey.tied))
     return result, _checks(result, memory, direct)
+
+
+def merged_statistics(stats: ActivationStats, group: Any) -> list[FiniteCheck]:
+    """Merge the statistics of all processes of a group, in place, on each of them.
+
+    What one process found to be NaN or infinite all of them have then, and refuse.
+    """
+    stats.all_reduce(group)
+    return _checks(stats, None, {})
 
 
 def _direct_sums(survey: Survey, ord: float) -> tuple[Tensor | None, dict[str, native.ColumnNorms]]:

@@ -96,7 +96,8 @@ def run_forward(
         raise ValueError(f"max_batches must be at least 1, got {max_batches}")
     model, feed = survey.model, forward or default_forward
     parameters = {name: p for name, p in survey.matrices.items() if unfit(p) is None}
-    interception = WeightInterception(parameters, on_use, survey.offloaded, takers)
+    owners = [(survey.tied.get(name, name), *owner) for name, owner in survey.offloaded.items()]
+    interception = WeightInterception(parameters, on_use, owners, takers)
     with evaluation_mode(survey), torch.no_grad(), uncompiled():
         for index, batch in enumerate(itertools.islice(batches_of(data, "calibrate", progress), max_batches)):
             for piece in split_batch(to_device(batch, survey.device), micro_batch):

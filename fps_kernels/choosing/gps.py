@@ -6,6 +6,7 @@ so it is written to be a fair peer: only weights that are chosen from get gradie
 activations, and gradients accumulate in place.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from fps_kernels.choosing.feeding import (
 from fps_kernels.selection import Selection
 from fps_kernels.weights.matrix import MatrixLayout
 from fps_kernels.weights.roles import Patterns, classifier_modules
+from fps_kernels.weights.sharding import check_whole
 from fps_kernels.weights.survey import Survey
 from fps_kernels.weights.watching import WeightInterception, WeightUse
 
@@ -149,6 +151,7 @@ def gps_select(
     budget = PerNeuron(1) if budget is None else budget
     check_budget(budget)
     survey = Survey.of(model)
+    check_whole(survey)
     survey.check_has_values()
     eligible, dense_names, skipped = eligible_weights(survey, include, exclude, dense)
     layouts: dict[str, MatrixLayout] = {}
@@ -179,6 +182,8 @@ def gps_select(
                 skipped[name] = survey.reason_unused(name, p, watch.other_uses)
         if not scored:
             raise ValueError("no weight is left to choose from: none got a gradient")
+        if remark := budget.remark({w.name: w.layout for w in scored}):
+            warnings.warn(remark, stacklevel=2)
         chosen = best_entries(budget.groups(scored), budget, "gradient")
     description = {"scorer": f"GPS(loss={loss if isinstance(loss, str) else 'custom'})", "budget": repr(budget)}
     return Selection(chosen, dense_names, skipped, dict(survey.tied), description)

@@ -120,7 +120,7 @@ class GrowthDriven(ColumnScorer):
             raise ValueError(f"anchor has no statistics of {name}: is it of the same model?")
         if self.anchor[name].layout != stats[name].layout:
             raise ValueError(f"anchor has {self.anchor[name].layout} for {name}, expected {stats[name].layout}")
-        now, before = stats[name].mean(), self.anchor[name].mean()
+        now, before = stats[name].mean(), self.anchor[name].filled(1).mean()
         blocks = math.lcm(len(now), len(before))  # an attention may have had one input then, and three now
         now = now.repeat_interleave(blocks // len(now), 0)
         before = sent(before.repeat_interleave(blocks // len(before), 0), now.device)

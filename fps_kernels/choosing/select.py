@@ -1,7 +1,9 @@
 """``select``: statistics, a scorer and a budget make a selection."""
 
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from os import PathLike
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from fps_kernels.choosing.best_entries import best_entries
 from fps_kernels.choosing.budgets import Budget, PerNeuron, ScoredWeight, check_budget
-from fps_kernels.choosing.calibration import unchecked_statistics
+from fps_kernels.choosing.calibration import merged_statistics, unchecked_statistics
 from fps_kernels.choosing.candidates import eligible_weights, usable_layouts
 from fps_kernels.choosing.feeding import Forward, ordinary_tensors
 from fps_kernels.choosing.finite_checks import FiniteCheck, check_finite
@@ -20,6 +22,8 @@ from fps_kernels.selection import Selection, WeightSelection
 from fps_kernels.weights.matrix import MatrixLayout
 from fps_kernels.weights.offloading import brought_in
 from fps_kernels.weights.roles import Patterns
+from fps_kernels.weights.sharding import check_whole
+from fps_kernels.weights.streaming import streamed
 from fps_kernels.weights.survey import Survey
 
 
@@ -35,6 +39,8 @@ def select(
     dense: Patterns | None = None,
     forward: Forward | None = None,
     micro_batch: int | None = None,
+    process_group: Any = None,
+    checkpoint: str | PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Selection:
     """Choose the entries worth tuning: one forward pass, no labels, no loss, no score matrix.
@@ -57,6 +63,12 @@ def select(
         dense: glob patterns of parameters to train whole, instead of the default ones.
         forward: ``forward(model, batch)`` runs a batch your way.
         micro_batch: split every batch into pieces of this many samples, to bound memory.
+        process_group: of ``torch.distributed``: each of its processes calls this with a part of the data, and all make the
+            same choice, from all of it. By default the default group, where there is one of several processes; ``False``
+            for a choice of this process alone.
+        checkpoint: of a model that was built without memory (``accelerate.init_empty_weights()``): a safetensors file, an
+            index of several, or a folder with either. Weights stay there, and are read when their module runs and once more
+            for their choice (needs accelerate).
         progress: show a progress bar; ``None`` shows it on a terminal.
 
     Returns:
@@ -81,10 +93,42 @@ def select(
         raise TypeError(f"stats must be ActivationStats, as from fps.calibrate(), got {type(stats).__name__}")
     if (data is None) == (stats is None):
         raise ValueError("give either data or stats" + (", not both" if data is not None else ""))
-    with ordinary_tensors():
+    where: Any = nullcontext() if checkpoint is None else _streamed(model, checkpoint)
+    survey = Survey.of(model)  # before weights are streamed: accelerate takes those that are shared for several
+    with ordinary_tensors(), where:
         return _select(
-            Survey.of(model), data, scorer, budget, stats, include, exclude, dense, forward, micro_batch, progress
+            survey,
+            data,
+            scorer,
+            budget,
+            stats,
+            include,
+            exclude,
+            dense,
+            forward,
+            micro_batch,
+            _several(process_group),
+            progress,
         )
+
+
+def _streamed(model: nn.Module | Survey, checkpoint: str | PathLike[str]) -> Any:
+    if isinstance(model, Survey):
+        raise TypeError("checkpoint needs the model itself, not what was found by looking at it")
+    return streamed(model, checkpoint)
+
+
+def _several(group: Any) -> Any:
+    """A group of several processes to choose with; ``False`` if there is none."""
+    if group is False:
+        return False
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        if group is not None:
+            raise ValueError(
+                "process_group was given, but torch.distributed is not initialised: call init_process_group first"
+            )
+        return False
+    return group if torch.distributed.get_world_size(group) > 1 else False
 
 
 def _select(
@@ -98,8 +142,10 @@ def _select(
     dense: Patterns | None,
     forward: Forward | None,
     micro_batch: int | None,
+    group: Any,
     progress: bool | None,
 ) -> Selection:
+    check_whole(survey)
     survey.check_has_values()
     # Patterns are checked before the pass, which may take long.
     eligible, dense_names, skipped = eligible_weights(survey, include, exclude, dense)
@@ -109,8 +155,12 @@ def _select(
         ord = 1.0 if scorer.ord is None else scorer.ord
         most = 1 if scorer.ord is None else None  # only to see which weights are used
         stats, checks = unchecked_statistics(survey, data, ord, forward, micro_batch, most, progress)
+        if group is not False:
+            checks = merged_statistics(stats, group)
     elif scorer.ord is not None and stats.ord != scorer.ord:
         raise ValueError(f"stats has ord={stats.ord}, but {scorer!r} needs ord={scorer.ord}")
+    _say_unseen(stats)
+    stats = stats.filled()
     layouts, unusable = usable_layouts(eligible, stats)
     skipped |= unusable
     if not layouts:
@@ -118,6 +168,8 @@ def _select(
         raise ValueError(f"no weight is left to choose from ({reasons or 'the model has no matrix weights'})")
     for name, layout in layouts.items():
         budget.check(name, layout)
+    if remark := budget.remark(layouts):
+        warnings.warn(remark, stacklevel=4)
     if isinstance(scorer, Random):
         generator = torch.Generator().manual_seed(scorer.seed)
         chosen: dict[str, WeightSelection] = {}
@@ -130,6 +182,18 @@ def _select(
     chosen = {name: w if name in survey.offloaded else w.to(eligible[name].device) for name, w in chosen.items()}
     description = {"scorer": repr(scorer), "budget": repr(budget)}
     return Selection(chosen, dense_names, skipped, dict(stats.tied), description)
+
+
+def _say_unseen(stats: ActivationStats) -> None:
+    unseen = {name: s.unseen for name, s in stats.weights.items() if s.unseen}
+    if unseen:
+        name = next(iter(unseen))
+        more = f", and more in {len(unseen) - 1} other weights" if len(unseen) > 1 else ""
+        warnings.warn(
+            f"no token was sent to {unseen[name]} of the {len(stats[name].rows)} experts in {name}{more}: they are "
+            "scored as if they had seen what the others saw on average. More calibration data may reach them",
+            stacklevel=5,
+        )
 
 
 def _scored(

@@ -33,6 +33,30 @@ class WeightStats:
     rows: tuple[int, ...]
     calls: int
 
+    @property
+    def unseen(self) -> int:
+        """Blocks whose rows multiplied nothing: experts of a mixture to which no token was sent."""
+        return sum(not count for count in self.rows)
+
+    def filled(self, ord: float) -> "WeightStats":
+        """With what the other blocks saw on average in place of what a block did not see.
+
+        An expert that calibration sent no token to is scored as if it had seen the mean of what the others saw: it is a
+        weight as good as theirs, and some data will be sent to it.
+
+        Args:
+            ord: of the norms.
+        """
+        if not self.unseen or self.unseen == len(self.rows):
+            return self
+        seen = [i for i, count in enumerate(self.rows) if count]
+        norms = self.norm[seen]
+        mean = norms.amax(0) if ord == math.inf else norms.sum(0) / len(seen)
+        rows = max(1, round(sum(self.rows) / len(seen)))
+        norm = self.norm.clone()
+        norm[[i for i, count in enumerate(self.rows) if not count]] = mean
+        return WeightStats(self.layout, norm, tuple(count or rows for count in self.rows), self.calls)
+
     def mean(self) -> Tensor:
         """``norm / rows`` ``[G, C]`` float64: the mean magnitude for ``ord=1``."""
         # Filled where it is used: a copy of a list would let the host wait for a GPU, and to divide by a plain number is,
@@ -76,6 +100,11 @@ class ActivationStats(Mapping[str, WeightStats]):
 
     def __repr__(self) -> str:
         return f"ActivationStats(ord={self.ord}, weights={len(self.weights)}, unused={len(self.unused)})"
+
+    def filled(self) -> Self:
+        """With what :meth:`WeightStats.filled` puts in place of what blocks did not see."""
+        weights = {name: stats.filled(self.ord) for name, stats in self.weights.items()}
+        return type(self)(self.ord, weights, self.unused, self.tied)
 
     def merge(self, other: Self) -> Self:
         """Statistics of both passes together, as if one pass had seen all the data.
@@ -150,8 +179,7 @@ class ActivationStats(Mapping[str, WeightStats]):
         """Write to a safetensors file, at once: whoever is killed meanwhile leaves what was there before."""
         tensors = {name: stats.norm.to("cpu", copy=True) for name, stats in self.weights.items()}
         described = {
-            name: [list(stats.layout.parameter_shape), stats.layout.transposed, list(stats.rows), stats.calls]
-            for name, stats in self.weights.items()
+            name: [stats.layout.description(), list(stats.rows), stats.calls] for name, stats in self.weights.items()
         }
         content = {"ord": str(self.ord), "weights": described, "unused": self.unused, "tied": self.tied}
         write(path, _FORMAT, content, tensors)
@@ -169,8 +197,8 @@ class ActivationStats(Mapping[str, WeightStats]):
             ord, weights = float(content["ord"]), {}
             if ord not in ops.ORDS:
                 raise ValueError(f"its ord is {ord}")
-            for name, (shape, transposed, rows, calls) in content["weights"].items():
-                layout, norm = MatrixLayout.described(shape, transposed), tensors[name]
+            for name, (layout_, rows, calls) in content["weights"].items():
+                layout, norm = MatrixLayout.described(layout_), tensors[name]
                 counts = whole_numbers(rows)
                 if norm.dtype != torch.float64 or norm.shape != (len(counts), layout.shape[1]):
                     raise ValueError(f"{name} has norms of {norm.dtype} {list(norm.shape)} for {layout.shape[1]} columns")

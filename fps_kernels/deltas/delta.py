@@ -156,7 +156,7 @@ class Delta(DeltaContent):
         """A view of a parameter's memory, and the indices of the chosen entries in it."""
         key = (name, p.device, p.stride())
         if key in self._places:
-            view, _ = self.selection[name].layout.writable_matrix(p)
+            view = self.selection[name].layout.memory(p).view
             places = self._places[key]
         else:
             here = self.selection[name].to(p.device)
@@ -177,7 +177,7 @@ class Delta(DeltaContent):
                 raise ValueError(f"the delta is of another model: {name} has shape {list(p.shape)} here")
             if name in self.values:
                 try:
-                    self.selection[name].layout.writable_matrix(p)
+                    self.selection[name].layout.memory(p)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
         return picked

@@ -66,9 +66,7 @@ def write_file(path: Path_, delta: DeltaContent, dtype: torch.dtype | None) -> N
     values: dict[torch.dtype, list[Tensor]] = {torch.float32: [], torch.bfloat16: []}
     for name, w in delta.selection.weights.items():
         lengths = w.row_offsets.diff()
-        described: dict[str, Any] = {"shape": list(w.layout.parameter_shape), "entries": w.nnz}
-        if w.layout.transposed:
-            described["transposed"] = True
+        described: dict[str, Any] = {"layout": w.layout.description(), "entries": w.nnz}
         if w.nnz and bool((lengths == lengths[0]).all()):
             described["row_length"] = int(lengths[0])
         else:
@@ -189,11 +187,11 @@ def _read(content: dict[str, Any], tensors: dict[str, Tensor]) -> DeltaContent:
         raise ValueError(f"it has a tensor {extra[0]!r} that does not belong there")
     weights, values, dense = {}, {}, {}
     for name, said in content["weights"].items():
-        layout = MatrixLayout.described(said["shape"], said.get("transposed", False))
+        layout = MatrixLayout.described(said["layout"])
         O, C = layout.shape
         nnz = whole_number(said["entries"])
         if nnz > O * C or max(nnz, O, C) > ops.MAX_NNZ:
-            raise ValueError(f"{name} of shape {said['shape']} cannot have {nnz} chosen entries")
+            raise ValueError(f"{name} of shape {list(layout.parameter_shape)} cannot have {nnz} chosen entries")
         values[name] = streams[_stored(said)].take(nnz)
         if "row_length" in said:  # checked against what the file holds before anything of that size is made
             if whole_number(said["row_length"], 1) * O != nnz:

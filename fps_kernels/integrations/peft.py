@@ -84,12 +84,19 @@ def shira_mask(
         if name not in found:
             raise ValueError(f"{name} has no statistics: {found.unused.get(name, 'it was not seen')}")
         budget, layout = LikeLoRA(r), found[name].layout
-        budget.check(name, layout)
+        _check_holds(name, layout, r)
         factors = scorer.factors(found, name).to(weight.device, torch.float32)
         chosen = best_entries([[ScoredWeight(name, layout, weight.detach(), factors)]], budget)
         return chosen[name].mask().to(weight.dtype)
 
     return mask_fn
+
+
+def _check_holds(name: str, layout: MatrixLayout, rank: int) -> None:
+    """Refuse a weight that has fewer entries than SHiRA needs numbers for it."""
+    wanted, entries = rank * sum(layout.shape), math.prod(layout.shape)
+    if wanted > entries:
+        raise ValueError(f"SHiRA of rank {rank} needs {wanted} entries of {name}, which has {entries}: choose a lower rank")
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -122,7 +129,7 @@ def write_shira(folder: Folder, source: Selection | Delta, model: nn.Module, ran
     rank = max(1, needed) if rank is None else rank
     tensors = {}
     for name, (w, values) in added.items():
-        LikeLoRA(rank).check(name, w.layout)
+        _check_holds(name, w.layout, rank)
         flat, values = _padded(name, w, values, LikeLoRA(rank).count(w.layout), f"rank={rank}")
         columns = w.layout.shape[1]
         tensors[f"{_PREFIX}{_module(name)}.shira_weight"] = values
@@ -192,7 +199,7 @@ def _sparse_and_whole(
         raise ValueError("the selection names no weight to write")
     for name, w in selection.weights.items():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if not isinstance(owner, nn.Linear) or not name.endswith(".weight") or w.layout.transposed:
+        if not isinstance(owner, nn.Linear) or not name.endswith(".weight") or w.layout.row_dims != (0,):
             raise ValueError(
                 f"{name} belongs to a {type(owner).__name__}, and PEFT's adapters hold entries of linear layers only: leave "
                 f"it out with exclude={name!r}"

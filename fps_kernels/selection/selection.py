@@ -214,7 +214,7 @@ class Selection(Mapping[str, WeightSelection]):
         for name, w in self.weights.items():
             tensors[f"{name}:row_offsets"] = w.row_offsets.to("cpu", copy=True)  # two weights may share one choice
             tensors[f"{name}:columns"] = w.columns.to("cpu", copy=True)
-            layouts[name] = [list(w.layout.parameter_shape), w.layout.transposed]
+            layouts[name] = w.layout.description()
         content = {
             "weights": layouts,
             "dense": list(self.dense),
@@ -235,12 +235,12 @@ class Selection(Mapping[str, WeightSelection]):
         content, tensors = read(path, _FORMAT, "selection")
         with distrusted(path):
             weights = {}
-            for name, (shape, transposed) in content["weights"].items():
-                layout = MatrixLayout.described(shape, transposed)
+            for name, described in content["weights"].items():
+                layout = MatrixLayout.described(described)
                 try:
                     chosen = WeightSelection(layout, tensors[f"{name}:row_offsets"], tensors[f"{name}:columns"])
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{name}: {error}") from error
                 weights[name] = chosen.to(device)
-            described = [texts_by_name(content[key]) for key in ("skipped", "tied", "description")]
-            return cls(weights, tuple(texts(content["dense"])), *described)
+            said = [texts_by_name(content[key]) for key in ("skipped", "tied", "description")]
+            return cls(weights, tuple(texts(content["dense"])), *said)

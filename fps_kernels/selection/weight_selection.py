@@ -95,13 +95,20 @@ class WeightSelection:
 
         Returns:
             That memory as a matrix, and the column of each entry in it, int32 ``[nnz]``: in a channels-last convolution they
-            are in another order than in the weight's matrix.
+            are in another order than in the weight's matrix. Rows may overlap where a weight's dimensions are in an order
+            of their own.
 
         Raises:
             ValueError: strides that allow no view as a matrix.
         """
-        view, position = self.layout.writable_matrix(parameter)
-        return view, self.columns if position is None else position[self.columns.long()]
+        view, positions, jumps = self.layout.memory(parameter)
+        columns = self.columns if positions is None else positions[self.columns.long()]
+        return view, columns if jumps is None else columns + jumps[self.rows()]
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """What a parameter holds at the entries ``[nnz]``, without a copy of the rest."""
+        view, columns = self.in_memory(parameter)
+        return view[self.rows(), columns.long()]
 
     def mask(self) -> Tensor:
         """Boolean tensor in the shape of the parameter."""
@@ -126,13 +133,13 @@ class WeightSelection:
         return cls(layout, row_offsets.int(), (flat - rows * C).int())
 
     @classmethod
-    def from_mask(cls, mask: Tensor, transposed: bool = False) -> "WeightSelection":
-        """From a boolean tensor in the shape of the parameter."""
+    def from_mask(cls, mask: Tensor, row_dims: tuple[int, ...] = (0,)) -> "WeightSelection":
+        """From a boolean tensor in the shape of the parameter, whose dimensions ``row_dims`` count output neurons."""
         if mask.dtype != torch.bool:
             raise TypeError(f"a mask must be boolean, got {mask.dtype}")
         if mask.dim() == 0:
             raise ValueError("a mask must have at least one dimension")
-        layout = MatrixLayout(tuple(mask.shape), transposed)
+        layout = MatrixLayout(tuple(mask.shape), row_dims)
         return cls.from_flat(layout, layout.matrix(mask).flatten().nonzero().squeeze(1))
 
 

@@ -20,6 +20,7 @@ from fps_kernels.weights.buffers import BufferNotes
 from fps_kernels.weights.fingerprint import fingerprint
 from fps_kernels.weights.kinds import DIMENSIONS
 from fps_kernels.weights.matrix import is_simulated, unfit
+from fps_kernels.weights.sharding import check_whole
 from fps_kernels.weights.survey import Survey
 
 
@@ -46,7 +47,7 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor], *, kee
     Raises:
         ValueError: ``keep_bits`` is neither 8 nor ``None``; a selection of another model, an empty one, a weight that is
             attached already, that has no values, whose strides allow no matrix, or that is named twice; a model that is
-            wrapped for distributed training. The model is unchanged then.
+            wrapped for distributed training, or sharded. The model is unchanged then.
         TypeError: a weight that is no plain parameter of float32, bfloat16 or float16 (a parametrization, a
             quantised or distributed tensor, one inside a scripted module). The model is unchanged then.
 
@@ -69,6 +70,7 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor], *, kee
         )
     keeping = None if keep_bits is None else _keeping(keep_bits)
     survey = Survey.of(model)
+    check_whole(survey)
     selection, parameters = chosen_parameters(survey, selection)
     selection = selection.to("cpu")  # where columns are numbered and rows are looked up
     _check(survey, selection, parameters)
@@ -87,19 +89,33 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor], *, kee
             p.grad = None  # of no use any more, and as large as the parameter
     for name, entries in made.items():
         hold(entries)
-        owner, leaf = survey.owner(name)
-        owner.add_module(f"{leaf}_selected", entries)
-        shorten(owner)
+        host, child = _home(survey, name)
+        entries.live_in(host, child)
+        shorten(host)
     tuner._scope = Scope(model, list(made.values()), keeping)
     tuner._scope.tuner = tuner
     tuner._loading = model.register_load_state_dict_pre_hook(_refuse_assignment)
     return tuner
 
 
+def _home(survey: Survey, name: str) -> tuple[nn.Module, str]:
+    """The module whose child the selected values of a weight become, and the child's name."""
+    owner, leaf = survey.owner(name)
+    if isinstance(owner, ParametrizationList):  # which would run what it holds
+        path, _, tensor = name.rpartition(".")[0].rpartition(".")
+        return survey.modules[path.rpartition(".")[0]], f"{tensor}_{leaf}_selected"
+    return owner, f"{leaf}_selected"
+
+
 def _keeping(keep_bits: int) -> Keeping:
     if keep_bits != 8:
         raise ValueError(f"keep_bits must be 8 or None, got {keep_bits!r}: fewer bits cost accuracy")
     return Keeping(keep_bits)
+
+
+def _is_weight_norm(owner: ParametrizationList, leaf: str) -> bool:
+    """Whether a parametrization is torch's weight norm, and the parameter what it normalises."""
+    return len(owner) == 1 and type(owner[0]).__name__ == "_WeightNorm" and leaf == "original1"
 
 
 def tuner_of(model: nn.Module) -> Tuner:
@@ -149,9 +165,9 @@ def _check(survey: Survey, selection: Selection, parameters: Mapping[str, nn.Par
     for name, chosen in selection.weights.items():
         p, (owner, leaf) = parameters[name], survey.owner(name)
         path = name.rpartition(".")[0] or "the model"
-        if isinstance(owner, ParametrizationList):
+        if isinstance(owner, ParametrizationList) and not _is_weight_norm(owner, leaf):
             raise TypeError(f"{name} belongs to a parametrization, which computes the weight: remove it first")
-        if isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        if isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict) and not isinstance(owner, ParametrizationList):
             raise TypeError(
                 f"{name} belongs to {path} itself, a {type(owner).__name__}, which would run the child "
                 "module that holds selected values: give the weight a module of its own"
@@ -159,12 +175,11 @@ def _check(survey: Survey, selection: Selection, parameters: Mapping[str, nn.Par
         if type(p) is not nn.Parameter and not is_simulated(p):
             raise TypeError(f"{name} cannot be tuned: it is a {type(p).__name__}, not a plain torch.nn.Parameter")
         if p.dim() not in DIMENSIONS:
-            raise ValueError(
-                f"{name} has shape {list(p.shape)}: only weights of linear maps and 2-D convolutions are attached"
-            )
-        if hasattr(owner, f"{leaf}_selected"):
-            raise ValueError(f"{name} cannot be attached: {path} has a {leaf}_selected of its own")
+            raise ValueError(f"{name} has shape {list(p.shape)}: only weights of linear maps and convolutions are attached")
+        host, child = _home(survey, name)
+        if hasattr(host, child):
+            raise ValueError(f"{name} cannot be attached: {path} has a {child} of its own")
         try:
-            chosen.layout.writable_matrix(p)
+            chosen.layout.memory(p)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from fps_kernels import ops
-from fps_kernels.ops.transfers import sent
+from fps_kernels.ops.transfers import note_on_host, sent
 from fps_kernels.selection import WeightSelection
 from fps_kernels.tuning.agreement import Agreement, Seen
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated
@@ -56,7 +56,9 @@ class SelectedEntries(nn.Module):
         self.hold = hold
         self.seen: Any = None
         self._place = [(owner, name.rpartition(".")[2], weight)]  # in a list, so that nothing is registered a second time
+        self._home: list[tuple[nn.Module, str]] = []  # likewise
         self.selection = selection
+        self._host_offsets = selection.row_offsets
         self.distinct, self.columns = _numbered(selection)
         if isinstance(weight, FakeTensor) and is_simulated(weight):
             if not is_simulated(selection.columns):
@@ -66,7 +68,6 @@ class SelectedEntries(nn.Module):
         # Where the rows of an attention's three projections begin, known before a compiler asks; where any others do, kept
         # where the host need not wait for it.
         rows = self.layout.shape[0]
-        self._host_offsets = selection.row_offsets
         self._begins: dict[int, int] = {}
         if not is_simulated(selection.row_offsets):
             thirds = [0, rows // 3, 2 * (rows // 3), rows]
@@ -121,12 +122,18 @@ class SelectedEntries(nn.Module):
                 "whatever replaces parameters"
             )
 
+    def live_in(self, host: nn.Module, name: str) -> None:
+        """Become a child of a module: the one that owns the weight, if that can have any."""
+        host.add_module(name, self)
+        self._home.append((host, name))
+
     def release(self) -> nn.Parameter:
         """Leave the module that owns the weight, and let go of both."""
-        owner, leaf, weight = self._place.pop()
+        _, _, weight = self._place.pop()
         self.attached = False
         self.alone.forget()
-        owner._modules.pop(f"{leaf}_selected", None)
+        host, name = self._home.pop()
+        host._modules.pop(name, None)
         return weight
 
     @property
@@ -158,6 +165,7 @@ class SelectedEntries(nn.Module):
         self.selection = WeightSelection.trusted(self.layout, fn(self.row_offsets), fn(self.selection.columns))
         self.columns = self.selection.columns if shared else fn(self.columns)
         self.distinct = None if self.distinct is None else fn(self.distinct)
+        note_on_host(self.row_offsets, self._host_offsets)
 
     def memory(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weight's memory as a matrix, with the CSR of the entries there."""
@@ -166,8 +174,8 @@ class SelectedEntries(nn.Module):
         return view, self.row_offsets, columns
 
     def _held(self) -> Tensor:
-        view, _, columns = self.memory()
-        return view[self.selection.rows(), columns.long()]
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.selection.of(self.weight)
 
     @property
     def tuner(self) -> Any:

@@ -4,6 +4,7 @@ A node of its own for the entries, behind a layer that is computed as always, wo
 optimizer that steps inside of the backward pass would change a weight that the layer still needs.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from fps_kernels.tuning.saved_input import SMALL, Kept, computed_again, keep, ke
 from fps_kernels.weights.kinds import WeightKind
 from fps_kernels.weights.kinds.linear import LINEAR
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated
+from fps_kernels.weights.normalised import Normalisation
+from fps_kernels.weights.parts import Part
 
 _gradients_enabled = torch.is_grad_enabled
 _implementation = ops.implementation
@@ -115,6 +118,7 @@ class Layer(NamedTuple):
         entries: the chosen entries.
         rows: the half-open range of the matrix's rows that ``weight`` is, ``None`` for all.
         dim: the dimension of the input's channels, ``None`` where all of it is needed.
+        row_dims: the dimensions of ``weight`` that count output neurons.
     """
 
     function: Any
@@ -125,11 +129,7 @@ class Layer(NamedTuple):
     entries: SelectedEntries
     rows: tuple[int, int] | None
     dim: int | None
-
-    @property
-    def is_transposed(self) -> bool:
-        """Whether the weight was transposed before it was handed over."""
-        return bool(getattr(self.weight, "transposed", False))
+    row_dims: tuple[int, ...] = (0,)
 
     def csr(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The entries of the rows: ``row_offsets`` and columns."""
@@ -143,25 +143,33 @@ class Layer(NamedTuple):
 
     def effective_weight(self, values: Tensor) -> Tensor:
         """The weight as a function of all its values, as the call was given it. It takes as much memory as the weight."""
-        e = self.entries
-        matrix = e.layout.matrix(e.weight)
+        e, own = self.entries, self.entries.weight
+        matrix = e.layout.matrix(own)
         chosen = e.selection.rows(), e.selection.columns.long()
-        weight = e.layout.unmatrix(matrix.index_put(chosen, values.to(matrix.dtype)))
-        if self.rows is not None:
-            weight = weight[self.rows[0] : self.rows[1]]
-        return weight.t() if self.is_transposed else weight
+        matrix = matrix.index_put(chosen, values.to(matrix.dtype))
+        made: Normalisation | None = getattr(self.weight, "normal", None)
+        normal = None if made is None else made.placed(e.layout, self.kind)
+        weight = e.layout.unmatrix(matrix if normal is None else normal.of(matrix))
+        part: Part | None = getattr(self.weight, "part", None)
+        if part is None:
+            return weight
+        if weight.stride() != own.stride():
+            order = sorted(range(own.dim()), key=own.stride, reverse=True)
+            weight = weight.permute(order).contiguous().permute([order.index(d) for d in range(own.dim())])
+        return part.of(weight)
 
     def spread(self, numbers: Tensor, row_offsets: Tensor, columns: Tensor, x: Tensor) -> Tensor:
         """One number for each chosen entry, in a matrix of zeros that multiplies ``x`` as the weight does the input."""
-        layout, rows = self.entries.layout, row_offsets.numel() - 1
-        size = layout.columns_per_channel
-        channels = layout.shape[1] // size if self.dim is None else x.shape[self.dim]
-        shape = (channels, rows) if layout.transposed else (rows, channels, *layout.parameter_shape[2:])
-        made = WeightSelection.trusted(MatrixLayout(shape, layout.transposed), row_offsets, columns)
+        shape = self.weight.shape
+        order = [*self.row_dims, *(d for d in range(len(shape)) if d not in self.row_dims)]
+        sizes = [shape[d] for d in order]
+        if self.dim is not None:  # of some channels
+            sizes[len(self.row_dims)] = x.shape[self.dim]
+        rows = row_offsets.numel() - 1
+        made = WeightSelection.trusted(MatrixLayout((rows, math.prod(sizes[len(self.row_dims) :]))), row_offsets, columns)
         zeros = torch.zeros(made.layout.shape, dtype=numbers.dtype, device=numbers.device)
         matrix = zeros.index_put((made.rows(), columns.long()), numbers)
-        weight = made.layout.unmatrix(matrix)
-        return weight.t() if self.is_transposed else weight
+        return matrix.view(sizes).permute([order.index(d) for d in range(len(shape))])
 
 
 class _Layer(torch.autograd.Function):

@@ -19,6 +19,7 @@ from fps_kernels.tuning.step_hooks import check_optimizer, tuners_of, warn_of_mi
 from fps_kernels.tuning.step_plan import STATE, Coefficients, Member, Plans, StepPlan, coefficients_of, on_a_device
 from fps_kernels.tuning.tuner import Tuner
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated
+from fps_kernels.weights.sharding import check_whole
 from fps_kernels.weights.survey import Survey
 
 
@@ -53,7 +54,9 @@ def masked_parameters(
         >>> groups = fps.masked_parameters(model, {"fc.weight": model.fc.weight.abs() > 0.1})
         >>> optimizer = fps.MaskedAdamW(groups, lr=1e-3)
     """
-    selection, parameters = chosen_parameters(Survey.of(model), selection)
+    survey = Survey.of(model)
+    check_whole(survey)
+    selection, parameters = chosen_parameters(survey, selection)
     remember(model, parameters)
     for name, p in parameters.items():
         if not p.requires_grad:
@@ -329,7 +332,7 @@ class MaskedAdamW(Optimizer):
             return grad
         if p.dim() > 2 and grad.stride() != p.stride():
             grad = torch.empty_like(p, dtype=grad.dtype).copy_(grad)  # one of the two is channels-last
-        return self._selections[p].layout.writable_matrix(grad)[0]
+        return self._selections[p].layout.memory(grad).view
 
     def _learning_rates_of(self, device: torch.device, groups: list[dict[str, Any]]) -> Tensor:
         if any(group["capturable"] or on_a_device(group["lr"]) for group in groups):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fps_kernels.ops.transfers import fetched
@@ -45,9 +46,11 @@ def check_parameter(label: str, p: Any) -> None:
     if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
         raise ValueError(f"{label} is an expanded tensor, whose entries share memory: give it its own with .clone()")
     try:
-        MatrixLayout(tuple(p.shape)).writable_matrix(p)
+        memory = MatrixLayout(tuple(p.shape)).memory(p)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error
+    if memory.positions is not None and torch.empty_like(p).stride() != p.stride():  # a gradient could not lie as it does
+        raise ValueError(f"{label}: strides {p.stride()} leave gaps between its numbers: make it contiguous")
 
 
 def check_state(index: int, state: Mapping[str, Any] | None, nnz: int) -> None:

@@ -20,10 +20,13 @@ from fps_kernels.tuning.agreement import Seen
 from fps_kernels.tuning.compact_values import SelectedEntries
 from fps_kernels.tuning.gradient_nodes import compiled_gradient, without_gradient
 from fps_kernels.tuning.layer_nodes import Layer, tuned_layer, tuned_linear
+from fps_kernels.tuning.normalised_nodes import normalised_layer
 from fps_kernels.weights.attention import opened_attention
-from fps_kernels.weights.kinds import READERS, Call, WeightKind
+from fps_kernels.weights.kinds import READERS, Call, WeightKind, read_calls
 from fps_kernels.weights.kinds.linear import LINEAR
 from fps_kernels.weights.matrix import is_simulated
+from fps_kernels.weights.normalised import NORMALISING, Normalisation
+from fps_kernels.weights.parts import CASTS, Part, in_same_memory, part_of, rows_of
 
 _F_LINEAR = F.linear
 _overrides_off = torch._C.DisableTorchFunctionSubclass
@@ -45,15 +48,15 @@ class TunedWeight(nn.Parameter):
 
     Attributes:
         entries: the chosen entries and their values.
-        rows: for a part: the half-open range of the weight's rows that it is.
-        transposed: for a part: it is the transposed weight.
+        part: for a view of the weight, or a copy of one in another dtype: which part it is.
         direct: a whole matrix, whose rows are output neurons.
+        normal: for what was made of the weight: how its rows were normalised.
     """
 
     entries: SelectedEntries
-    rows: tuple[int, int] | None
-    transposed: bool
+    part: Part | None
     direct: bool
+    normal: Normalisation | None
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -76,8 +79,8 @@ class TunedWeight(nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
             copied = become_tuned(nn.Parameter(self.data.clone(memory_format=torch.preserve_format), requires_grad=False))
         memo[id(self)] = copied
-        copied.entries, copied.rows, copied.transposed = copy.deepcopy(self.entries, memo), self.rows, self.transposed
-        copied.direct = self.direct
+        copied.entries, copied.part, copied.direct = copy.deepcopy(self.entries, memo), self.part, self.direct
+        copied.normal = self.normal
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -94,7 +97,7 @@ def become_tuned(weight: Tensor) -> TunedWeight:
     """Make a weight an attached one, in place, so that all that refers to it sees it; its ``entries`` are to be set."""
     weight.__class__ = _SimulatedTunedWeight if isinstance(weight, FakeTensor) else TunedWeight
     tuned = cast(TunedWeight, weight)
-    tuned.rows, tuned.transposed, tuned.direct = None, False, False
+    tuned.part, tuned.direct, tuned.normal = None, False, None
     return tuned
 
 
@@ -103,7 +106,7 @@ def hold(entries: SelectedEntries) -> None:
     weight = entries.weight
     if not isinstance(weight, TunedWeight):
         tuned = become_tuned(weight)
-        tuned.entries, tuned.direct = entries, weight.dim() == 2 and not entries.layout.transposed
+        tuned.entries, tuned.direct = entries, entries.layout.is_plain
         nn.Parameter.requires_grad_(weight, False)
 
 
@@ -112,7 +115,7 @@ def become_plain(weight: Tensor) -> None:
     if not isinstance(weight, TunedWeight):
         return  # torch has swapped what it is with another tensor
     weight.__class__ = FakeTensor if isinstance(weight, FakeTensor) else nn.Parameter  # type: ignore[assignment]
-    for name in ("entries", "rows", "transposed", "direct"):
+    for name in ("entries", "part", "direct", "normal"):
         del weight.__dict__[name]
 
 
@@ -179,33 +182,52 @@ def lengthen(owner: nn.Module) -> None:
 
 def _multiply(func: Any, *args: Any, **kwargs: Any) -> Any:
     """A function that some kind of weight multiplies by: its result with a gradient for the weight's chosen entries."""
-    call = READERS[func](*args, **kwargs)
-    if call is None or not _serves(call):
+    found = _served(read_calls(func, args, kwargs))
+    if found is None:
         return _elsewhere(func, *args, **kwargs)
+    call, rows = found
     weight, x = call.weight, call.input
     entries = weight.entries
     values = entries._parameters["values"]
     if _is_compiling():
         wanted = _gradients_enabled() and values.requires_grad
         y = func(*args, **kwargs)
-        return _compiled(y, x, weight, call.kind, weight.rows) if wanted else y
-    layer = Layer(func, args, kwargs, call.kind, weight, entries, weight.rows, call.kind.channel_dim(x))
+        return _compiled(y, x, weight, call.kind, rows) if wanted else y
+    layer = Layer(func, args, kwargs, call.kind, weight, entries, rows, call.kind.channel_dim(x), call.row_dims)
     if _is_transformed() or forward_ad._current_level >= 0 or values is not entries.own:
         return _transformed(layer, values)
     if not is_simulated(entries.own):
         _follow(entries.seen)
     if not _gradients_enabled() or not values.requires_grad:
         return func(*args, **kwargs)
-    return tuned_layer(layer, x, call.others[0] if call.others else None, values)
+    bias = call.others[0] if call.others else None
+    if weight.normal is not None:
+        normal = weight.normal.placed(entries.layout, call.kind)
+        assert normal is not None
+        return normalised_layer(layer, x, bias, values, normal)
+    return tuned_layer(layer, x, bias, values)
 
 
-def _serves(call: Call) -> bool:
-    weight = call.weight
-    if not isinstance(weight, TunedWeight) or any(isinstance(other, TunedWeight) for other in (call.input, *call.others)):
-        return False
-    if weight.rows is not None and call.kind.groups > 1:  # some rows of a grouped weight multiply other channels
-        return False
-    return call.transposed == (weight.transposed != weight.entries.layout.transposed)
+def _served(calls: tuple[Call, ...]) -> tuple[Call, tuple[int, int] | None] | None:
+    """How a call multiplies by chosen entries, and by which rows of their weight; ``None`` where it does otherwise."""
+    for call in calls:
+        weight = call.weight
+        if not isinstance(weight, TunedWeight) or any(
+            isinstance(other, TunedWeight) for other in (call.input, *call.others)
+        ):
+            continue
+        entries, part = weight.entries, weight.part
+        layout = entries.layout
+        if part is None and layout.row_dims == call.row_dims and layout.blocks == 1:
+            return call, None
+        if not _is_compiling():
+            rows = rows_of(Part.whole(entries.weight) if part is None else part, call.row_dims, entries.weight)
+            normal = weight.normal
+            if rows is None or rows.layout != layout:
+                continue
+            if normal is None or (rows.range is None and normal.placed(layout, call.kind) is not None):
+                return call, rows.range
+    return None
 
 
 def _transformed(layer: Layer, values: Tensor) -> Any:
@@ -259,42 +281,45 @@ _OPEN_ATTENTION = opened_attention(_projection, _packed_projections).forward
 # ------------------------------------------------------------------------------------------------ parts of a weight
 
 
-def _part(weight: TunedWeight, part: Tensor, rows: tuple[int, int] | None, transposed: bool) -> Tensor:
-    tuned = become_tuned(part if isinstance(part, FakeTensor) else part.as_subclass(nn.Parameter))
-    tuned.entries, tuned.rows, tuned.transposed = weight.entries, rows, transposed
+def _part(weight: TunedWeight, tensor: Tensor, part: Part) -> Tensor:
+    tuned = become_tuned(tensor if isinstance(tensor, FakeTensor) else tensor.as_subclass(nn.Parameter))
+    tuned.entries, tuned.part, tuned.normal = weight.entries, part, weight.normal
     return tuned
 
 
-def _has_row_parts(weight: Any) -> bool:
-    return isinstance(weight, TunedWeight) and not weight.transposed and not weight.entries.layout.transposed
-
-
-def _split(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """``split`` and ``chunk``: the projections inside cross-attention are rows of one weight."""
-    dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
-    if not args or not _has_row_parts(args[0]) or dim != 0:
+def _normalise(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function that may normalise a weight's rows: its result stands for the weight, where it does."""
+    read = None if _is_compiling() else NORMALISING[func](*args, **kwargs)
+    weight = None if read is None else read[0]
+    if read is None or not isinstance(weight, TunedWeight) or weight.normal is not None or not _gradients_enabled():
         return _elsewhere(func, *args, **kwargs)
-    weight, found = args[0], []
-    first = weight.rows[0] if weight.rows else 0
-    for part in func(*args, **kwargs):
-        found.append(_part(weight, part, (first, first + part.shape[0]), transposed=False))
-        first += part.shape[0]
-    return tuple(found)
-
-
-def _getitem(func: Any, weight: Any, index: Any) -> Any:
-    if not _has_row_parts(weight) or not isinstance(index, slice) or index.step not in (None, 1):
-        return _elsewhere(func, weight, index)
-    part = func(weight, index)
-    first = index.indices(weight.shape[0])[0] + (weight.rows[0] if weight.rows else 0)
-    return _part(weight, part, (first, first + part.shape[0]), transposed=False)
-
-
-def _transpose(func: Any, *args: Any, **kwargs: Any) -> Any:
-    weight = args[0] if args else None
-    if kwargs or not isinstance(weight, TunedWeight) or weight.dim() != 2 or weight.rows:
+    entries, part = weight.entries, weight.part or Part.whole(weight.entries.weight)
+    if read[2] is not None:
+        rows = rows_of(part, read[2], entries.weight)
+        if rows is None or rows.range is not None or rows.layout.row_dims != (read[1].dim,):
+            return _elsewhere(func, *args, **kwargs)
+    elif part != Part.whole(entries.weight):
         return _elsewhere(func, *args, **kwargs)
-    return _part(weight, func(*args), None, not weight.transposed)
+    if not is_simulated(entries.own):
+        _follow(entries.seen)
+    with torch.no_grad():
+        made = func(*args, **kwargs)
+    tuned = cast(TunedWeight, _part(weight, made, part))
+    tuned.normal = read[1]
+    return tuned
+
+
+def _with_parts(result: Any, weight: TunedWeight) -> Any:
+    """``result`` of a function, with views of the weight made parts of it; ``None`` where it has others than these."""
+    if isinstance(result, list | tuple):
+        items = [_with_parts(item, weight) for item in result]
+        return None if any(item is None for item in items) else type(result)(items)
+    if not isinstance(result, Tensor) or not in_same_memory(result, weight):
+        return None
+    part = part_of(result, weight)
+    if part is not None and weight.part is not None:
+        part = part.within(Part.whole(weight), weight.part)
+    return None if part is None else _part(weight, result, part)
 
 
 def _freeze(func: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
@@ -306,7 +331,9 @@ def _cast(func: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
     result = func(weight, *args, **kwargs)
     if not isinstance(weight, TunedWeight) or not torch.is_grad_enabled() or not result.is_floating_point():
         return result
-    return result if result is weight else _part(weight, result, weight.rows, weight.transposed)
+    if result is weight:
+        return result
+    return _part(weight, result, Part.whole(weight.entries.weight) if weight.part is None else weight.part)
 
 
 # ------------------------------------------------------------------------------------------------ everything else
@@ -341,6 +368,8 @@ def _elsewhere(func: Any, *args: Any, **kwargs: Any) -> Any:
     weight = next((w for w in _weights_in((*args, *kwargs.values())) if w.entries.values.requires_grad), None)
     if weight is None or result is weight:
         return result
+    if not _is_compiling() and (parts := _with_parts(result, weight)) is not None:
+        return parts
     message = (
         f"a gradient reached {weight.entries.name} through {resolve_name(func) or func}, which attach() does not know: "
         "exclude that weight from the selection, or use weight.detach() there"
@@ -356,21 +385,8 @@ def _elsewhere(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(READERS, _multiply),
-    torch.Tensor.split: _split,
-    torch.Tensor.chunk: _split,
-    torch.split: _split,
-    torch.chunk: _split,
-    torch.Tensor.__getitem__: _getitem,
-    torch.Tensor.t: _transpose,
-    torch.t: _transpose,
-    torch.Tensor.T.__get__: _transpose,  # type: ignore[attr-defined]
-    torch.Tensor.mT.__get__: _transpose,  # type: ignore[attr-defined]
     torch.Tensor.requires_grad_: _freeze,
     torch.Tensor.requires_grad.__set__: _freeze,  # type: ignore[attr-defined]
-    torch.Tensor.to: _cast,
-    torch.Tensor.type: _cast,
-    torch.Tensor.float: _cast,
-    torch.Tensor.half: _cast,
-    torch.Tensor.bfloat16: _cast,
-    torch.Tensor.contiguous: _cast,
+    **dict.fromkeys(CASTS, _cast),
+    **dict.fromkeys(NORMALISING, _normalise),
 }

@@ -176,8 +176,8 @@ class Tuner:
         if other is not None:
             raise RuntimeError(
                 f"process {other} of {len(sums)} attached another selection than process 0, and gradients would be averaged "
-                "entry by entry over different entries: choose in one process and load its file in all, or choose from "
-                "statistics that were merged with stats.all_reduce()"
+                "entry by entry over different entries: let select() choose in all processes at once, or choose in one of "
+                "them and load its file in all"
             )
 
     def _checksum(self) -> int:

@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from fps_kernels.weights.kinds import SCORING_READERS, Call, WeightKind
+from fps_kernels.weights.kinds import SCORED_FUNCTIONS, Call, WeightKind, read_calls
 from fps_kernels.weights.matrix import MatrixLayout
+from fps_kernels.weights.normalised import NORMALISING, Normalisation
+from fps_kernels.weights.parts import CASTS, Part, part_of, rows_of
+
+Owner = tuple[str, torch.nn.Module, str]
 
 _LOOKING = ("__set__()", "size()", "dim()", "stride()", "numel()", "is_contiguous()", "type()")  # not a use
 _TORCHS_OWN = ("aten", "prim", "prims")  # namespaces of ops that are differentiated, as functions of torch are
@@ -38,10 +43,12 @@ class WeightUse:
 class WeightTable:
     """Finds the parameter that a tensor is, or is some rows of."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], owners: Mapping[str, tuple[torch.nn.Module, str]]) -> None:
-        self._owners = {name: owner for name, owner in owners.items() if name in parameters}
+    def __init__(self, parameters: Mapping[str, Tensor], owners: Iterable[Owner]) -> None:
+        self._owners = [owner for owner in owners if owner[0] in parameters]
         self._names = {id(p): name for name, p in parameters.items()}
         self._parameters = dict(parameters)
+        # Copies in another dtype, by their memory: whose they are, where their numbers are there and in the weight.
+        self._copies: dict[int, tuple[StorageWeakRef, str, Part, Part, Normalisation | None]] = {}
 
     @cached_property
     def _by_storage(self) -> dict[int, list[str]]:
@@ -50,26 +57,44 @@ class WeightTable:
             found.setdefault(p.untyped_storage()._cdata, []).append(name)
         return found
 
-    def find(self, tensor: Tensor) -> tuple[str, int, bool] | None:
-        """``(name, first row, transposed)`` of the parameter whose rows ``tensor`` is a view of, if it is one."""
+    def find(self, tensor: Tensor) -> tuple[str, Part] | None:
+        """The parameter that a tensor is, or is a view or a cast of, and which part of it."""
         name = self._names.get(id(tensor))
         if name is None and self._owners and isinstance(tensor, torch.nn.Parameter):  # its module, brought in, has it now
-            owned = ((name, module._parameters.get(leaf)) for name, (module, leaf) in self._owners.items())
+            owned = ((name, module._parameters.get(leaf)) for name, module, leaf in self._owners)
             name = next((name for name, p in owned if p is tensor), None)
         if name is not None:
-            return name, 0, False
+            return name, Part.whole(tensor)
+        memory = memory_of(tensor)
+        storage, name, own, origin, _ = self._copies.get(memory or 0, (None, "", None, None, None))
+        if storage is not None and not storage.expired() and own is not None and origin is not None:
+            view = Part(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()) - own.offset)
+            part = view.within(own, origin)
+            return None if part is None else (name, part)
         for name in self.sharing(tensor):
             p = self._parameters[name]
-            if p.dim() != tensor.dim() or p.dim() < 2 or tensor.dtype != p.dtype:
-                continue
-            offset = int(tensor.storage_offset()) - int(p.storage_offset())
-            if tensor.stride() == p.stride() and tensor.shape[1:] == p.shape[1:] and p.stride(0) > 0:
-                first, rest = divmod(offset, p.stride(0))
-                if rest == 0 and 0 <= first <= p.shape[0] - tensor.shape[0]:
-                    return name, first, False
-            if offset == 0 and p.dim() == 2 and tensor.shape == p.shape[::-1] and tensor.stride() == p.stride()[::-1]:
-                return name, 0, True
+            part = part_of(tensor, p)
+            if part is not None and 0 <= part.offset <= sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)):
+                return name, part
         return None
+
+    def note_copy(self, copy: Tensor, weight: Any, normal: Normalisation | None = None) -> None:
+        """Note that ``copy`` holds what a weight, or a part of one, holds, or that normalised, if ``weight`` is one."""
+        found = self.find(unwrapped(weight)) if isinstance(weight, Tensor) else None
+        memory = memory_of(copy)
+        if found is not None and memory is not None and copy.is_floating_point() and memory != memory_of(weight):
+            own = Part(tuple(copy.shape), copy.stride(), int(copy.storage_offset()))
+            made = self.normalisation_of(weight) if normal is None else normal
+            self._copies[memory] = StorageWeakRef(copy.untyped_storage()), found[0], own, found[1], made
+
+    def normalisation_of(self, tensor: Tensor) -> Normalisation | None:
+        """How what a tensor holds was made of a weight, if it was normalised."""
+        return self._copies[memory_of(tensor) or 0][4] if self.is_copy(tensor) else None
+
+    def is_copy(self, tensor: Tensor) -> bool:
+        """Whether a tensor was noted as a copy, or lies in the memory of one."""
+        storage, *_ = self._copies.get(memory_of(tensor) or 0, (None,))
+        return storage is not None and not storage.expired()
 
     def sharing(self, tensor: Tensor) -> Iterable[str]:
         """Names of the parameters that lie in a tensor's memory."""
@@ -124,7 +149,8 @@ class Uses:
     Args:
         parameters: the parameters to look for, by name.
         on_use: called with each :class:`WeightUse`, before the multiplication runs.
-        owners: of parameters that are replaced when they are brought in: the module, and their name in it.
+        owners: of parameters that are replaced when they are brought in: their names, each with a module that has it and
+            the name in there; one that is shared is there for each of its modules.
 
     Attributes:
         other_uses: for each parameter that went anywhere else, where it went first, such as ``matmul()``.
@@ -136,9 +162,9 @@ class Uses:
         self,
         parameters: Mapping[str, Tensor],
         on_use: Callable[[WeightUse], None],
-        owners: Mapping[str, tuple[torch.nn.Module, str]] | None = None,
+        owners: Iterable[Owner] = (),
     ) -> None:
-        self.table = WeightTable(parameters, owners or {})
+        self.table = WeightTable(parameters, owners)
         self._parameters = dict(parameters)
         self._on_use = on_use
         self.other_uses: dict[str, str] = {}
@@ -147,27 +173,29 @@ class Uses:
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Call a function and note which weights it was given, and what they multiplied."""
-        read = SCORING_READERS.get(func)
-        call = None if read is None else read(*args, **kwargs)
-        if call is None:
+        if func not in SCORED_FUNCTIONS:
             return self._elsewhere(func, args, kwargs)
+        for call in read_calls(func, args, kwargs):
+            found = self.table.find(unwrapped(call.weight))
+            if found is not None:
+                self._multiplies(func, call, *found)
+                return func(*args, **kwargs)
+        return self._elsewhere(func, args, kwargs)
+
+    def _multiplies(self, func: Any, call: Call, name: str, part: Part) -> None:
         label = f"{func.__name__.partition('.')[0]}()"
         self._note(f"the input of {label}", (call.input, *call.others))
-        found = self.table.find(unwrapped(call.weight))
-        if found is None:
-            pass
-        elif not torch._C._are_functorch_transforms_active():
-            self._report(call, *found)
+        if not torch._C._are_functorch_transforms_active():
+            self._report(label, call, name, part)
         elif call.input is unwrapped(call.input) and call.weight is unwrapped(call.weight):  # the same as outside
             with temporarily_clear_interpreter_stack():
-                self._report(call, *found)
+                self._report(label, call, name, part)
         else:
             self.transformed.setdefault(
-                found[0],
+                name,
                 f"it multiplied only inside a function transform such as torch.vmap, by {label}: what it multiplied there "
                 "cannot be looked at",
             )
-        return func(*args, **kwargs)
 
     def note_hidden(self, label: str, values: Iterable[Any]) -> None:
         """Note what a function of which nobody sees the inside was given."""
@@ -183,19 +211,26 @@ class Uses:
             "it gets there would be lost"
         )
 
-    def _report(self, call: Call, name: str, first: int, view_transposed: bool) -> None:
-        shape = tuple(self._parameters[name].shape)
-        layout = MatrixLayout(shape, call.transposed != view_transposed)
-        if call.transposed or view_transposed:
-            if tuple(call.weight.shape) != (shape[::-1] if view_transposed else shape):
-                return  # some inputs of a transposed weight, not some of its output neurons
-            rows = (0, layout.shape[0])
-        else:
-            rows = (first, first + call.weight.shape[0])
-        self._on_use(WeightUse(name, layout, rows, call.input, call.kind))
+    def _report(self, label: str, call: Call, name: str, part: Part) -> None:
+        rows = rows_of(part, call.row_dims, self._parameters[name])
+        if rows is None:
+            self.other_uses.setdefault(name, f"{label} with some of its inputs only")
+            return
+        normal = self.table.normalisation_of(unwrapped(call.weight))
+        if normal is not None and (rows.range is not None or normal.placed(rows.layout, call.kind) is None):
+            self.other_uses.setdefault(name, f"{label} normalised along dimension {normal.dim}")
+            return
+        self._on_use(WeightUse(name, rows.layout, (rows.first, rows.stop), call.input, call.kind))
 
     def _elsewhere(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
+        if type(result) is Tensor and args and (func in CASTS or func in NORMALISING):
+            read = NORMALISING[func](*args, **kwargs) if func in NORMALISING else None
+            if func in CASTS or read is not None:
+                weight, normal = (args[0], None) if read is None else read[:2]
+                self.table.note_copy(result, weight, normal)
+            if self.table.is_copy(result):
+                return result
         label = f"{getattr(func, '__name__', func)}()"
         if label == "__get__()":  # a property: some are views (w.T), the others only look at a weight
             label = f"Tensor.{func.__self__.__name__}"

@@ -105,10 +105,9 @@ class WatchedWeights:
         if isinstance(result, list | tuple):
             for item in result:
                 self.adopt(item, weights)
-        elif (
-            type(result) is Tensor
-            and (memory := memory_of(result)) in {memory_of(w) for w in weights}
-            and memory is not None
+        elif type(result) is Tensor and (
+            ((memory := memory_of(result)) in {memory_of(w) for w in weights} and memory is not None)
+            or self.uses.table.is_copy(result)
         ):
             result.__class__ = _WatchedPart
             key = id(result)

@@ -11,25 +11,25 @@ are brought in when they are needed, or that somebody else has a view of. The fi
 second does.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fps_kernels.weights.attention import opened_attention
 from fps_kernels.weights.hidden_functions import listening
-from fps_kernels.weights.kinds import SCORING_READERS
-from fps_kernels.weights.uses import Uses, WeightUse
+from fps_kernels.weights.kinds import SCORED_FUNCTIONS
+from fps_kernels.weights.uses import Owner, Uses, WeightUse
 from fps_kernels.weights.watched_weight import Taker, WatchedWeights, can_be_watched
 
 __all__ = ["WeightInterception", "WeightUse"]
 
 _OPEN_ATTENTION = opened_attention().forward
-_READ = frozenset((F.multi_head_attention_forward, *SCORING_READERS))
+_READ = frozenset((F.multi_head_attention_forward, *SCORED_FUNCTIONS))
 _OPS = frozenset((torch._ops.OpOverload, torch._ops.OpOverloadPacket))
 _NO_WEIGHT = frozenset((Tensor, int, float, bool, str, type(None), slice, torch.dtype, torch.device, torch.Size))
 
@@ -40,7 +40,8 @@ class WeightInterception(Uses):
     Args:
         parameters: the parameters to look for, by name.
         on_use: called with each :class:`WeightUse`, before the multiplication runs.
-        owners: of parameters that are replaced when they are brought in: the module, and their name in it.
+        owners: of parameters that are replaced when they are brought in: their names, each with a module that has it and
+            the name in there.
         takers: functions that may be given the inputs that ``F.linear`` multiplies by a weight as it is, without a
             :class:`WeightUse`, by the weight's name; they return whether they took one, ``on_use`` gets it otherwise.
 
@@ -56,9 +57,10 @@ class WeightInterception(Uses):
         self,
         parameters: Mapping[str, Tensor],
         on_use: Callable[[WeightUse], None],
-        owners: Mapping[str, tuple[nn.Module, str]] | None = None,
+        owners: Iterable[Owner] = (),
         takers: Mapping[str, Taker] | None = None,
     ) -> None:
+        owners = list(owners)
         super().__init__(parameters, on_use, owners)
         self._replaced = bool(owners)
         self._weights = WatchedWeights(self._parameters, self, takers or {})

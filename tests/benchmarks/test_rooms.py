@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "benchmarks"
-ROOMS = ("accuracy", "gpu_check", "render")
+ROOMS = ("accuracy", "coverage", "gpu_check", "render")
 # What prints and saves results may be read by what shows them; nothing else goes from room to room.
 ALLOWED = {("render", f"accuracy.{name}") for name in ("ideas", "lines", "table")}
 

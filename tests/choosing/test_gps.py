@@ -172,7 +172,6 @@ def test_bad_input():
         ({"data": [images()]}, r"must give \(inputs, target\) batches"),
         ({"data": []}, "data gave no batch"),
         ({"data": [labelled()], "loss": "cross_entropy", "micro_batch": 0}, "micro_batch must be at least 1"),
-        ({"data": [labelled()], "loss": "cross_entropy", "budget": fps.PerNeuron(13)}, "exceeds the 12 columns of hidden"),
         (
             {"data": [labelled()], "loss": lambda o, t: o.sum() * float("nan")},
             "scores of embed.weight contain NaN or Inf: check the gradient",

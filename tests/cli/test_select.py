@@ -109,7 +109,7 @@ def test_a_folder_without_splits_will_do(checkpoint, task, tmp_path):
         (["--density", 0], "density"),
         (["--density", 1.5], "density"),
         (["--k", 0], "Invalid value for '--k'"),
-        (["--k", 100000], "leave it out with"),
+        (["--k", 100000], "columns of the widest weight: choose a smaller k"),
         (["--scorer", "growth"], "--scorer growth and --anchor go together"),
         (["--anchor", "somewhere"], "--scorer growth and --anchor go together"),
         (["--scorer", "growth", "--anchor", "nowhere"], "there is no folder or file nowhere"),

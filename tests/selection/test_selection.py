@@ -42,7 +42,7 @@ def test_masks_of_any_shape(shape):
 
 def test_transposed_masks():
     mask = torch.rand(4, 6) > 0.5
-    entries = WeightSelection.from_mask(mask, transposed=True)
+    entries = WeightSelection.from_mask(mask, (1,))
     assert entries.layout.shape == (6, 4)
     assert torch.equal(entries.mask(), mask)
 
@@ -179,7 +179,7 @@ def test_tampered_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"out.weight: columns must lie in \[0, 20\), found 20"):
         Selection.load(path)
     tensors["out.weight:columns"][3] = before
-    checked_file.write(path, "fps_kernels.selection.1", {**content, "weights": {"missing": [[2, 2], False]}}, tensors)
+    checked_file.write(path, "fps_kernels.selection.1", {**content, "weights": {"missing": [[2, 2], [0], 1]}}, tensors)
     with pytest.raises(ValueError, match="damaged: it lacks 'missing:row_offsets'"):
         Selection.load(path)
     for lie in (
@@ -187,7 +187,7 @@ def test_tampered_files_are_refused(tmp_path):
         {"dense": "head.weight"},
         {"skipped": {"a": 1}},
         {"tied": []},
-        {"weights": {"out.weight": [[12, 20, 1.0], False]}},
+        {"weights": {"out.weight": [[12, 20, 1.0], [0], 1]}},
         {"weights": {"out.weight": [[12, 20], 0]}},
         {"weights": {"out.weight": [[], False]}},
         {"weights": {"out.weight": 3}},

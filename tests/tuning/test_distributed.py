@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import fps_kernels as fps
@@ -144,6 +145,83 @@ def processes_that_differ() -> None:
 
 def test_processes_that_chose_differently_are_refused(tmp_path):
     in_two_processes("processes_that_differ", tmp_path)
+
+
+def choosing_together() -> None:
+    """Each sees its part of the data, and all choose what one process with all of it does."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=os.environ["FPS_TEST_MEETING"], rank=rank, world_size=2)
+    torch.manual_seed(4)
+    model, x = Classifier(), images(8)
+    for scorer in (fps.FPS(), fps.Wanda(), fps.Magnitude(), fps.Random(3)):
+        for budget in (fps.PerNeuron(2), fps.Global(0.05)):
+            chosen = {"scorer": scorer, "budget": budget, "progress": False}
+            together = fps.select(model, [x[rank::2]], **chosen)
+            alone = fps.select(model, [x], **chosen, process_group=False)
+            assert list(together) == list(alone)
+            # Sums in another order may differ in their last bit, and with it ties.
+            assert together.overlap(alone) > 0.99 if isinstance(scorer, fps.FPS | fps.Wanda) else True
+            sums = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
+            flat = torch.cat([w.flat() * (i + 1) for i, w in enumerate(together.values())])
+            dist.all_gather(sums, flat.sum().view(1))
+            assert sums[0] == sums[1]
+    bad = x[rank::2].clone()
+    if rank == 1:
+        bad[0] = float("nan")
+    with pytest.raises(ValueError, match="contain NaN or Inf"):  # on both
+        fps.select(model, [bad], progress=False)
+    model.eval()
+    tuner = fps.attach(model, fps.select(model, [x[rank::2]], progress=False))
+    DistributedDataParallel(model)(x[rank::2]).sum().backward()
+    assert all(value.grad is not None for value in tuner.parameters())
+    leave()
+
+
+def test_processes_choose_together(tmp_path):
+    in_two_processes("choosing_together", tmp_path)
+
+
+def test_a_group_without_distributed_is_refused():
+    with pytest.raises(ValueError, match="process_group was given, but torch.distributed is not initialised"):
+        fps.select(Classifier(), [images()], process_group=object())
+
+
+def sharded_before() -> None:
+    """Whatever has cut the weights is named, by each of our functions, and what to do instead."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=os.environ["FPS_TEST_MEETING"], rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    whole, x = Classifier(), images()
+    selection = fps.select(whole, [x], progress=False)
+
+    def refused(model: torch.nn.Module, message: str) -> None:
+        for function in (
+            lambda: fps.calibrate(model, [x], progress=False),
+            lambda: fps.select(model, [x], progress=False),
+            lambda: fps.gps_select(model, [(x, torch.zeros(len(x), dtype=torch.int64))], loss="cross_entropy"),
+            lambda: fps.attach(model, selection),
+            lambda: fps.masked_parameters(model, selection),
+        ):
+            with pytest.raises(ValueError, match=message) as found:
+                function()
+            assert "use DistributedDataParallel" in str(found.value)
+
+    sharded = Classifier()
+    fully_shard(sharded, mesh=mesh)
+    refused(sharded, "position is a DTensor, a weight that fully_shard or tensor parallelism has cut")
+    parallel = parallelize_module(Classifier(), mesh, {"hidden": ColwiseParallel()})
+    refused(parallel, "hidden.weight is a DTensor")
+    flattened = FullyShardedDataParallel(Classifier(), device_id=torch.device("cpu"))
+    refused(flattened, "the model is wrapped in FullyShardedDataParallel")
+    partitioned = Classifier()
+    partitioned.hidden.weight = torch.nn.Parameter(torch.empty(0))
+    partitioned.hidden.weight.ds_id = 3  # as DeepSpeed leaves them
+    refused(partitioned, "hidden.weight is partitioned by DeepSpeed's ZeRO-3")
+    leave()
+
+
+def test_sharded_models_are_refused(tmp_path):
+    in_two_processes("sharded_before", tmp_path)
 
 
 def sharded_later() -> None:

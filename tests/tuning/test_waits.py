@@ -35,6 +35,26 @@ class Attention(nn.Module):
         return self.out(x + (scores @ v).repeat(1, 1, 4)).mean(1)
 
 
+class Products(nn.Module):
+    """Experts in one weight, heads, signals, volumes, and weights that are normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 8, 12) * 0.3)
+        self.heads = nn.Parameter(torch.randn(12, 2, 4) * 0.3)
+        self.signal, self.up = nn.Conv1d(8, 8, 3, padding=1), nn.ConvTranspose1d(8, 8, 2, 2)
+        self.volume = nn.Conv3d(8, 8, (2, 1, 1))
+        self.normal = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 3, padding=1))
+        self.out = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.bmm(x.expand(3, -1, -1), self.experts).mean(0)
+        y = torch.einsum("tc,chd->htd", y, self.heads).permute(0, 2, 1).reshape(1, 8, -1)
+        y = self.up(self.signal(y))
+        y = self.volume(self.normal(y).unflatten(2, (2, -1)).unsqueeze(-1)).flatten(2)
+        return self.out(y.mean(2)).expand(6, 5)
+
+
 class Words(nn.Module):
     """Rows that are looked up, with one for padding, and an output layer that shares them."""
 
@@ -66,7 +86,7 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     """Every fifth entry of every matrix, and of the first half of its columns only: not every column is needed."""
     found = {}
     for name, p in model.named_parameters():
-        if p.dim() > 1 and "position" not in name:
+        if p.dim() > 1 and "position" not in name and not name.endswith("original0"):
             mask = torch.zeros(p.shape, dtype=torch.bool)
             mask.flatten(1)[::2, : max(1, mask[0].numel() // 2) : 3] = True
             found[name] = mask
@@ -78,13 +98,16 @@ MODELS = {
     "convolution": (Convolutions, lambda: images(6)),
     "attention": (Attention, lambda: torch.randn(6, 5, 16)),
     "embedding": (Words, lambda: torch.randint(50, (6, 7))),
+    "products": (Products, lambda: torch.randn(6, 8)),
 }
+ROW_DIMS = {"experts": (0, 2), "heads": (1, 2), "up.weight": (1,)}  # where they are not the first
 
 
 def made(gpu, kind, dtype=torch.float32):
     """A model on the device, with its tuner, and an input and targets there."""
     create, batch = MODELS[kind]
-    selection = fps.Selection.from_masks(masks(create()))
+    chosen = {name: fps.WeightSelection.from_mask(m, ROW_DIMS.get(name, (0,))) for name, m in masks(create()).items()}
+    selection = fps.Selection(chosen)
     torch.set_default_dtype(dtype)
     try:
         with torch.device("cuda"):

@@ -64,4 +64,7 @@ def test_what_has_no_values_or_hides_its_work():
     never = "it was never used in the forward pass"
     assert survey.reason_unused("0.weight", survey.parameters["0.weight"], {}) == never
     elsewhere = survey.reason_unused("0.weight", survey.parameters["0.weight"], {"0.weight": "matmul()"})
-    assert elsewhere == "it reached matmul(), and was never the weight of F.linear, F.conv2d or torch.addmm"
+    assert elsewhere == (
+        "it reached matmul(), and was never the weight of F.linear, F.conv2d, torch.addmm, F.conv_transpose2d, "
+        "torch.matmul or F.grouped_mm"
+    )

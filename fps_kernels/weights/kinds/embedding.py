@@ -13,7 +13,6 @@ from fps_kernels.weights.kinds.kind import Call, WeightKind
 NAME = "F.embedding"
 SCORED = False
 DIMENSIONS = (2,)
-FUNCTIONS = (F.embedding,)
 
 
 @dataclass(frozen=True)
@@ -90,3 +89,6 @@ def read(
         return None
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
     return Call(weight, input, (), Embedding(padding))
+
+
+FUNCTIONS = {F.embedding: read}

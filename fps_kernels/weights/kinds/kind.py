@@ -16,7 +16,15 @@ def directly(op: Any, x: Tensor) -> Callable[..., Any]:
 
 
 class WeightKind(ABC):
-    """How a weight ``[O, C]`` multiplies an input: what linear maps and convolutions do differently, and nothing else."""
+    """How a weight ``[O, C]`` multiplies an input: what linear maps and convolutions do differently, and nothing else.
+
+    Attributes:
+        ADDS_INPUTS: whether :meth:`sum_weight` is there.
+        KERNEL_PRODUCTS: whether :meth:`kernel_products` is there.
+    """
+
+    ADDS_INPUTS = False
+    KERNEL_PRODUCTS = False
 
     @property
     def groups(self) -> int:
@@ -24,8 +32,8 @@ class WeightKind(ABC):
         return 1
 
     @abstractmethod
-    def input_rows(self, x: Tensor) -> int:
-        """Activation rows that a row of the weight multiplied."""
+    def input_rows(self, x: Tensor) -> int | tuple[int, ...]:
+        """Activation rows that a row of the weight multiplied; one number for each group where they differ."""
 
     @abstractmethod
     def add_column_norms_(self, x: Tensor, norm: Tensor, ord: float) -> None:
@@ -63,6 +71,24 @@ class WeightKind(ABC):
     def input_gradient(self, gy: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of the input of that ``shape``, from what it was multiplied by."""
 
+    def row_products(self, gy: Tensor, y: Tensor) -> Tensor:
+        """For every output neuron, the sum over all samples of ``gy * y``, float32 ``[O]``.
+
+        Args:
+            gy: of the output's shape.
+            y: likewise, or with one neuron for each group, which is multiplied with all of the group's.
+        """
+        return (gy.float() * y.float()).flatten(0, -2).sum(0)
+
+    def kernel_products(self, gy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """For every position of the kernel, the sum over all samples and neurons of ``gy`` times what it adds to the output,
+        float32; of signals only."""
+        raise TypeError("only convolutions of signals are normalised by the positions of their kernel")
+
+    def sum_weight(self, weight: Tensor) -> Tensor:
+        """A weight of ones, whose neurons add up the inputs that those of each group of ``weight`` multiply."""
+        return torch.ones((self.groups, *weight.shape[1:]), dtype=weight.dtype, device=weight.device)
+
     def bias_gradient(self, gy: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of what was added to the output, of that ``shape``."""
         return gy.sum_to_size(shape)
@@ -76,11 +102,11 @@ class Call(NamedTuple):
         input: what it multiplies.
         others: further arguments that may be tensors, such as the bias.
         kind: how it multiplies.
-        transposed: the argument is ``[C, O]``.
+        row_dims: the dimensions of the argument that count output neurons, ascending; the others count what they multiply.
     """
 
     weight: Any
     input: Any
     others: tuple[Any, ...]
     kind: WeightKind
-    transposed: bool = False
+    row_dims: tuple[int, ...] = (0,)

@@ -13,12 +13,13 @@ from fps_kernels.weights.kinds.kind import Call, WeightKind, directly
 NAME = "F.linear"
 SCORED = True
 DIMENSIONS = (2,)
-FUNCTIONS = (F.linear, torch.ops.aten.linear.default)  # programs of torch.export call the op
 
 
 @dataclass(frozen=True)
 class Linear(WeightKind):
     """Every row of the weight multiplies every row of the input ``[..., C]``."""
+
+    ADDS_INPUTS = True
 
     def input_rows(self, x: Tensor) -> int:
         return x.numel() // x.shape[-1] if x.shape[-1] else 0
@@ -46,3 +47,6 @@ LINEAR = Linear()
 def read(input: Any, weight: Any, bias: Any = None) -> Call | None:
     """``None`` for a weight that is no matrix."""
     return Call(weight, input, (bias,), LINEAR) if weight.dim() == 2 else None
+
+
+FUNCTIONS = dict.fromkeys((F.linear, torch.ops.aten.linear.default), read)  # programs of torch.export call the op

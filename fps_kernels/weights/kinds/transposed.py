@@ -12,7 +12,6 @@ from fps_kernels.weights.kinds.linear import Linear
 NAME = "torch.addmm"
 SCORED = True
 DIMENSIONS = (2,)
-FUNCTIONS = (torch.addmm, torch.ops.aten.addmm.default)
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,7 @@ class Transposed(Linear):
         beta: what the bias is multiplied by.
     """
 
+    ADDS_INPUTS = False
     beta: float = 1.0
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -38,4 +38,7 @@ class Transposed(Linear):
 
 def read(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None) -> Call | None:
     """``None`` where the product is scaled, or written somewhere else than to a new tensor."""
-    return Call(mat2, mat1, (input,), Transposed(beta), transposed=True) if alpha == 1 and out is None else None
+    return Call(mat2, mat1, (input,), Transposed(beta), (1,)) if alpha == 1 and out is None else None
+
+
+FUNCTIONS = dict.fromkeys((torch.addmm, Tensor.addmm, torch.ops.aten.addmm.default), read)

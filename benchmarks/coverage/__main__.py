@@ -1,0 +1,3 @@
+from benchmarks.coverage.command import main
+
+main()

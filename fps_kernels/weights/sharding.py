@@ -1,0 +1,48 @@
+"""Models whose weights are cut into pieces over processes: refused by name, with what to do instead."""
+
+from torch import nn
+from torch.distributed import is_available
+
+from fps_kernels.weights.survey import Survey
+
+_INSTEAD = "use DistributedDataParallel, which keeps weights whole, or one process"
+
+
+def check_whole(survey: Survey) -> None:
+    """Refuse models that something has sharded.
+
+    Raises:
+        ValueError: FullyShardedDataParallel, ``fully_shard``, tensor parallelism, or DeepSpeed's ZeRO-3. With the name of
+            what is sharded.
+    """
+    if is_available() and (name := _flattened(survey)) is not None:
+        raise ValueError(
+            f"{name or 'the model'} is wrapped in FullyShardedDataParallel, which flattens and cuts the weights in it: "
+            f"{_INSTEAD}"
+        )
+    for name, p in survey.parameters.items():
+        if type(p) is nn.Parameter and not p.numel() and hasattr(p, "ds_id"):
+            raise ValueError(
+                f"{name} is partitioned by DeepSpeed's ZeRO-3: {_INSTEAD}, or ZeRO-1, which shards optimizers only"
+            )
+        if is_sharded(p):
+            raise ValueError(
+                f"{name} is a DTensor, a weight that fully_shard or tensor parallelism has cut into pieces: {_INSTEAD}"
+            )
+
+
+def is_sharded(parameter: object) -> bool:
+    """Whether a parameter is a piece of one."""
+    if type(parameter) is nn.Parameter or not is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
+
+
+def _flattened(survey: Survey) -> str | None:
+    if not any(type(module).__name__ == "FullyShardedDataParallel" for module in survey.modules.values()):
+        return None
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return next((path for path, module in survey.modules.items() if isinstance(module, FullyShardedDataParallel)), None)
