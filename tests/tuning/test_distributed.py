@@ -1,9 +1,11 @@
 """``attach`` under DistributedDataParallel: two processes on their halves of a batch equal one on the whole."""
 
+import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -184,6 +186,32 @@ def test_processes_choose_together(tmp_path):
 def test_a_group_without_distributed_is_refused():
     with pytest.raises(ValueError, match="process_group was given, but torch.distributed is not initialised"):
         fps.select(Classifier(), [images()], process_group=object())
+
+
+def the_page() -> None:
+    """What docs/how-to/distributed.md shows."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=os.environ["FPS_TEST_MEETING"], rank=rank, world_size=2)
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "distributed.md").read_text()
+    scope: dict[str, Any] = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], scope)
+    os.chdir(Path(os.environ["FPS_TEST_MEETING"].removeprefix("file://")).parent)
+    torch.manual_seed(4)
+    model = Classifier()
+    dataset = torch.utils.data.TensorDataset(images(16), torch.arange(16) % 5)
+    before = copy.deepcopy(model)
+    tuner = scope["train"](model, dataset, 2)
+    assert_same_everywhere({name: p.detach() for name, p in tuner.named_parameters()})
+    dist.barrier()
+    fps.load_delta("task.safetensors").apply_(before)
+    tuner.detach()
+    for (name, p), other in zip(model.state_dict().items(), before.state_dict().values(), strict=True):
+        assert torch.equal(p, other), name
+    leave()
+
+
+def test_the_page_about_several_processes(tmp_path):
+    in_two_processes("the_page", tmp_path)
 
 
 def sharded_before() -> None:

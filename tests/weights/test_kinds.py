@@ -227,3 +227,22 @@ def test_the_registry_has_every_function_once():
     functions = [function for kind in KINDS for function in kind.FUNCTIONS]
     assert len(functions) == len(set(functions)) == len(READERS)
     assert {2, 3, 4, 5} == DIMENSIONS
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "options"),
+    [
+        (torch.mm, (torch.ones(2, 3), torch.ones(3, 2)), {"out_dtype": torch.float32}),
+        (torch.addmm, (1, torch.ones(2), 2, torch.ones(2, 3), torch.ones(3, 2)), {}),
+        (F.linear, (torch.ones(3),), {}),
+        (torch.matmul, (torch.ones(3),), {"nothing": 1}),
+    ],
+)
+def test_forms_that_a_reader_does_not_know_are_read_as_none(function, arguments, options):
+    """They are torch's to run, or to refuse."""
+    assert read_calls(function, arguments, options) == ()
+
+
+def test_errors_inside_of_a_reader_are_not_hidden():
+    with pytest.raises(TypeError):
+        read_calls(F.conv2d, (torch.ones(1, 3, 4, 4), torch.ones(2, 3, 3, 3)), {"stride": object()})

@@ -30,7 +30,12 @@ DIMENSIONS = frozenset(dimensions for kind in KINDS for dimensions in kind.DIMEN
 
 def read_calls(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, ...]:
     """The ways to read a call of one of :data:`READERS` as a multiplication by a weight."""
-    found = READERS[function](*args, **kwargs)
+    try:
+        found = READERS[function](*args, **kwargs)
+    except TypeError as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+            raise
+        return ()  # arguments that the reader does not know: a form of another version, or a wrong one, which torch refuses
     return () if found is None else (found,) if isinstance(found, Call) else found
 
 

@@ -174,7 +174,7 @@ def read_added(input: Any, batch1: Any, batch2: Any, *, beta: Any = 1, alpha: An
     return _products(batch1, batch2, (input,)) if out is None and alpha == 1 and beta == 1 else ()
 
 
-def read_equation(equation: Any, *operands: Any) -> tuple[Call, ...]:
+def read_equation(equation: Any, *operands: Any, path: Any = None) -> tuple[Call, ...]:
     """``torch.einsum`` of two tensors."""
     if not isinstance(equation, str) or "->" not in equation:
         return ()

@@ -63,13 +63,13 @@ class Grouped(WeightKind):
         return gx
 
 
-def read(mat_a: Any, mat_b: Any, *, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Call | None:
+def read(input: Any, mat2: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Call | None:
     """``None`` where it is no product of sorted rows with a stack of matrices, or has another dtype than these."""
-    if not isinstance(mat_b, Tensor) or mat_a.dim() != 2 or mat_b.dim() != 3 or offs is None or bias is not None:
+    if not isinstance(mat2, Tensor) or input.dim() != 2 or mat2.dim() != 3 or offs is None or bias is not None:
         return None
-    if out_dtype not in (None, mat_a.dtype):
+    if out_dtype not in (None, input.dtype):
         return None
-    return Call(mat_b, mat_a, (), Grouped(offs, tuple(offs.tolist())), (0, 2))
+    return Call(mat2, input, (), Grouped(offs, tuple(offs.tolist())), (0, 2))
 
 
 # F.grouped_mm calls the first one.
