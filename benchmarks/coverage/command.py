@@ -7,6 +7,7 @@ of the chosen entries against the dense ones, three steps, a delta file, and its
 """
 
 import argparse
+import json
 from dataclasses import fields
 from typing import Any
 
@@ -40,8 +41,6 @@ HEAD = ["library", "model", "M entries", "eligible", "checks", "choose, s", "ove
 
 def known() -> list[dict[str, Any]]:
     """Rows of the results file."""
-    import json
-
     path = RESULTS / "coverage.json"
     return json.loads(path.read_text())["rows"] if path.exists() else []
 

@@ -4,7 +4,6 @@ A node of its own for the entries, behind a layer that is computed as always, wo
 optimizer that steps inside of the backward pass would change a weight that the layer still needs.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +28,13 @@ _overrides_off = torch._C.DisableTorchFunctionSubclass
 _linear = F.linear
 
 
-def _own_memory(y: Tensor) -> Tensor:
+def own_memory(y: Tensor) -> Tensor:
     """``y`` as a node's output: a view (``F.linear`` reshapes a matrix) autograd would let nobody change in place."""
     return y.detach() if y._is_view() else y
 
 
-def _changed(entries: SelectedEntries) -> RuntimeError:
+def changed(entries: SelectedEntries) -> RuntimeError:
+    """What torch says when a weight that a node needs was changed in between."""
     return RuntimeError(
         "one of the variables needed for gradient computation has been modified by an inplace operation: "
         f"{entries.name} was changed between the forward and the backward pass"
@@ -53,7 +53,7 @@ class _Linear(torch.autograd.Function):
             ctx.save_for_backward(x if kept is None else kept)
             kept = kept is None
         ctx.of = seen, kept, seen.weight_version  # at once: each attribute of a node costs
-        return _own_memory(_linear(x, seen.weight, bias))
+        return own_memory(_linear(x, seen.weight, bias))
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
@@ -73,7 +73,7 @@ class _Linear(torch.autograd.Function):
                 x, how, csr = computed_again(kept, seen.distinct, x.dim() - 1, gy.dtype), None, seen.part
         with _overrides_off():
             if weight._version != version:
-                raise _changed(seen.entries)
+                raise changed(seen.entries)
             grad, bias = backend.linear_gradients(gy, x, csr, wants_bias, how)
             if not wants_x:
                 return None, grad, bias, None, None
@@ -160,16 +160,13 @@ class Layer(NamedTuple):
 
     def spread(self, numbers: Tensor, row_offsets: Tensor, columns: Tensor, x: Tensor) -> Tensor:
         """One number for each chosen entry, in a matrix of zeros that multiplies ``x`` as the weight does the input."""
-        shape = self.weight.shape
-        order = [*self.row_dims, *(d for d in range(len(shape)) if d not in self.row_dims)]
-        sizes = [shape[d] for d in order]
-        if self.dim is not None:  # of some channels
-            sizes[len(self.row_dims)] = x.shape[self.dim]
-        rows = row_offsets.numel() - 1
-        made = WeightSelection.trusted(MatrixLayout((rows, math.prod(sizes[len(self.row_dims) :]))), row_offsets, columns)
-        zeros = torch.zeros(made.layout.shape, dtype=numbers.dtype, device=numbers.device)
-        matrix = zeros.index_put((made.rows(), columns.long()), numbers)
-        return matrix.view(sizes).permute([order.index(d) for d in range(len(shape))])
+        shape = list(self.weight.shape)
+        if self.dim is not None:  # of some channels, which the first of the dimensions that count columns counts
+            shape[MatrixLayout(tuple(shape), self.row_dims).column_dims[0]] = x.shape[self.dim]
+        layout = MatrixLayout(tuple(shape), self.row_dims)
+        zeros = torch.zeros(layout.shape, dtype=numbers.dtype, device=numbers.device)
+        rows = WeightSelection.trusted(layout, row_offsets, columns).rows()
+        return layout.unmatrix(zeros.index_put((rows, columns.long()), numbers))
 
 
 class _Layer(torch.autograd.Function):
@@ -185,7 +182,7 @@ class _Layer(torch.autograd.Function):
             kept = kept is None
         ctx.values, ctx.kept, ctx.version, ctx.shape = values, kept, layer.weight._version, x.shape
         ctx.bias_shape = None if bias is None else bias.shape
-        return _own_memory(layer.function(*layer.args, **layer.kwargs))
+        return own_memory(layer.function(*layer.args, **layer.kwargs))
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
@@ -228,7 +225,7 @@ def _gradients(
     grad: Tensor
     with _overrides_off():
         if layer.weight._version != version:
-            raise _changed(e)
+            raise changed(e)
         # Where a kernel computes inputs again it takes no memory.
         if part is None and not (is_simulated(gy) and gy.device.type == "cpu"):
             part = computed_again(kept, e.distinct, layer.dim, gy.dtype)

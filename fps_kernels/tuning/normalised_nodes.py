@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fps_kernels.tuning.layer_nodes import Layer
+from fps_kernels.tuning.layer_nodes import Layer, changed, own_memory
 from fps_kernels.weights.normalised import Normalisation
 
 _overrides_off = torch._C.DisableTorchFunctionSubclass
@@ -31,8 +31,7 @@ class _Normalised(torch.autograd.Function):
         ctx.layer, ctx.normal = layer._replace(args=(), kwargs={}), normal
         ctx.version = layer.entries.weight._version
         ctx.bias_shape = None if bias is None else bias.shape
-        y: Tensor = layer.function(*layer.args, **layer.kwargs)
-        return y.detach() if y._is_view() else y
+        return own_memory(layer.function(*layer.args, **layer.kwargs))
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
@@ -46,10 +45,7 @@ class _Normalised(torch.autograd.Function):
         kind, e = layer.kind, layer.entries
         with _overrides_off():
             if e.weight._version != ctx.version:
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"{e.name} was changed between the forward and the backward pass"
-                )
+                raise changed(e)
             matrix = e.layout.matrix(e.weight).float()
             z, scale = normal.centred(matrix)
             grad = kind.sampled_gradient(gy, x, e.row_offsets, e.selection.columns)

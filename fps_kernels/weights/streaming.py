@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fps_kernels.weights.survey import Survey
@@ -103,7 +103,7 @@ def _tensors(checkpoint: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
                 for name in file.keys():  # noqa: SIM118  # it is no mapping
                     part = file.get_slice(name)
                     found[name] = path, tuple(part.get_shape()), part.get_dtype()
-        except Exception as error:  # safetensors has errors of its own kind only
+        except SafetensorError as error:
             raise ValueError(f"{path} is no safetensors file, or is cut off: {error}") from error
     return found
 
