@@ -14,12 +14,13 @@ namespace {
 
 using namespace fps;
 
-constexpr int ABI = 7; // native.py refuses a library left over from another version
+constexpr int ABI = 8; // native.py refuses a library left over from another version
 
 #define FPS_TABLE(isa)                                                                                                      \
-    {isa::column_norm,  isa::column_norm_conv2d, isa::score_topk,       isa::score_kth,                                     \
-     isa::score_select, isa::sampled_grad,       isa::linear_gradients, isa::scatter_values,                                \
-     isa::masked_adamw, isa::agree_values,       isa::pack_groups,      isa::unpack_groups}
+    {isa::column_norm,  isa::column_norm_conv2d, isa::score_topk,   isa::score_kth,                                         \
+     isa::score_counts, isa::score_select,       isa::sampled_grad, isa::linear_gradients,                                  \
+     isa::scatter_values, isa::masked_adamw,     isa::agree_values, isa::pack_groups,                                       \
+     isa::unpack_groups}
 
 #ifdef FPS_X86
 const Kernels TABLES[] = {FPS_TABLE(base), FPS_TABLE(avx2), FPS_TABLE(avx512)};
@@ -81,6 +82,11 @@ FPS_API int fps_score_topk(const Matrix* w, int64_t k, int32_t* columns, int thr
 FPS_API int fps_score_kth(const Matrix* w, int64_t n, int64_t k, float* threshold, int64_t* greater, int64_t* equal,
                           int threads) {
     return kernels().score_kth(w, n, k, threshold, greater, equal, threads);
+}
+
+FPS_API int fps_score_counts(const Matrix* w, int64_t n, const float* thresholds, int64_t* greater, int64_t* equal,
+                             int threads) {
+    return kernels().score_counts(w, n, thresholds, greater, equal, threads);
 }
 
 FPS_API int fps_score_select(const Matrix* w, const float* threshold, int64_t nnz, int32_t* row_offsets, int32_t* columns,

@@ -104,6 +104,7 @@ typedef int ColumnNorm(const Matrix& x, double* acc, int64_t order, int threads)
 typedef int ColumnNormConv2d(const Images& x, const Convolution& conv, double* acc, int64_t order, int threads);
 typedef int ScoreTopk(const Matrix& w, int64_t k, int32_t* columns, int threads);
 typedef int ScoreKth(const Matrix* w, int64_t n, int64_t k, float* threshold, int64_t* greater, int64_t* equal, int threads);
+typedef int ScoreCounts(const Matrix* w, int64_t n, const float* thresholds, int64_t* greater, int64_t* equal, int threads);
 typedef int ScoreSelect(const Matrix& w, float threshold, int64_t nnz, int32_t* row_offsets, int32_t* columns, int threads);
 typedef int SampledGrad(const Images& gy, const Images& x, const Convolution& conv, const int32_t* row_offsets,
                         const int32_t* columns, float* grad, int threads);
@@ -122,6 +123,7 @@ struct Kernels {
     ColumnNormConv2d* column_norm_conv2d;
     ScoreTopk* score_topk;
     ScoreKth* score_kth;
+    ScoreCounts* score_counts;
     ScoreSelect* score_select;
     SampledGrad* sampled_grad;
     LinearGradientsOf* linear_gradients;
@@ -138,6 +140,7 @@ struct Kernels {
     ColumnNormConv2d column_norm_conv2d;                                                                                    \
     ScoreTopk score_topk;                                                                                                   \
     ScoreKth score_kth;                                                                                                     \
+    ScoreCounts score_counts;                                                                                               \
     ScoreSelect score_select;                                                                                               \
     SampledGrad sampled_grad;                                                                                               \
     LinearGradientsOf linear_gradients;                                                                                     \

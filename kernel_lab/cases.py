@@ -161,6 +161,11 @@ def _thresholds() -> Iterator[Case]:
         k = sum(W.numel() for W in weights) // 100
         return Case(f"score_kth {name}", backend.score_kth, (weights, factors, k), 3 * _size(*weights, *factors), wide)
 
+    def counts(name: str, weights: list[Tensor], wide: bool = True) -> Case:
+        factors = [tensor(1, W.shape[1]) for W in weights]
+        arguments = (weights, factors, tensor(len(weights)))
+        return Case(f"score_counts {name}", backend.score_counts, arguments, _size(*weights, *factors), wide)
+
     def select(name: str, W: Tensor, wide: bool = True) -> Case:
         nnz = W.numel() // 100
         arguments = (W, tensor(1, W.shape[1]), tensor(), nnz)
@@ -168,9 +173,11 @@ def _thresholds() -> Iterator[Case]:
 
     for dtype in (BF16, FP16, FP32):
         yield kth(f"ViT-B/16, all blocks, {_short(dtype)}, 1 %", vit_weights(12, 768, dtype))
+        yield counts(f"ViT-B/16, all blocks, {_short(dtype)}", vit_weights(12, 768, dtype))
         yield select(f"ViT-B/16 fc1 [3072, 768] {_short(dtype)}, 1 %", tensor(3072, 768, dtype=dtype))
     yield kth("ViT-H/14, all blocks, bf16, 1 %", vit_weights(32, 1280, BF16))
     yield kth("unaligned, bf16", [tensor(3001, 771, dtype=BF16)], wide=False)
+    yield counts("unaligned, bf16", [tensor(3001, 771, dtype=BF16)], wide=False)
     yield kth("unaligned, fp32", [tensor(3001, 771)], wide=False)
     yield kth("depthwise 7x7, fp32", [tensor(768, 49)], wide=False)
     yield select("transposed [3072, 768] fp32", tensor(768, 3072).t(), wide=False)
@@ -349,6 +356,7 @@ def _extremes() -> Iterator[Case]:
         calls += [(backend.score_topk, (W, tensor(1, W.shape[1]), k)) for k in {1, min(2, W.shape[1]), W.shape[1]}]
         calls += [
             (backend.score_kth, ([W], [tensor(1, W.shape[1])], 1)),
+            (backend.score_counts, ([W], [tensor(1, W.shape[1])], tensor(1))),
             (backend.score_select, (W, tensor(1, W.shape[1]), tensor(), nnz)),
             (backend.scatter_values_, (W, *csr, tensor(nnz))),
         ]

@@ -128,12 +128,15 @@ def _scores(draw: random.Random) -> Call:
     groups = draw.choice([1, 3])
     O = groups * draw.choice(SIZES)
     W, a = _matrix(draw, O, C), torch.empty(groups, C, device="meta")
-    way = draw.choice(["topk", "kth", "select"])
+    way = draw.choice(["topk", "kth", "counts", "select"])
     if way == "topk":
         return backend.score_topk, (W, a, min(C, draw.choice([1, 2, 16, 17, 64])))
-    if way == "kth":
+    if way in ("kth", "counts"):
         other = _matrix(draw, *_two_sizes(draw))
-        return backend.score_kth, ([W, other], [a, torch.empty(1, other.shape[1], device="meta")], draw.choice([1, 16, 17]))
+        lists = [W, other], [a, torch.empty(1, other.shape[1], device="meta")]
+        if way == "counts":
+            return backend.score_counts, (*lists, torch.empty(2, device="meta"))
+        return backend.score_kth, (*lists, draw.choice([1, 16, 17]))
     return backend.score_select, (W, a, torch.empty((), device="meta"), draw.choice([1, 16, 33]))
 
 

@@ -6,21 +6,14 @@
 // count keys in 4096 bins, each exact, until it fits or is a single key; so the answer never rests on the sample.
 // Scratch: a pool of 4 to 16 MiB and a sample of 1 to 4 MiB (both 1/64 and 1/256 of the entries in between), per thread
 // 300 KiB.
-#include "parts/scores.h"
+#include "parts/score_items.h"
 
 namespace {
 
 using fps::Matrix;
 
-constexpr int64_t ITEM = 1 << 16; // entries of one work item
 constexpr int64_t BINS = 1 << 12;
 constexpr int64_t RUN = 16; // adjacent entries that are sampled together: a cache line
-
-struct Item { // a block of one tensor
-    int64_t tensor, row, rows, col, cols;
-    int64_t greater, inside; // counts of the last pass
-    int64_t pool_at;         // where its keys inside the interval lie, where they were collected
-};
 
 struct Interval {
     int32_t lo, hi; // both ends included
@@ -36,54 +29,13 @@ struct Search {
     int threads;
 };
 
-// ------------------------------------------------------------------------------------------------ going through entries
-
-// Where columns are not adjacent an item is narrow, so that it still has whole tiles of rows.
-int64_t item_cols(const Matrix& w) { return least(w.cols, needs_tiles(w.cols, w.col_stride) ? 2048 : ITEM); }
-int64_t item_rows(const Matrix& w) { return most(1, ITEM / most(1, item_cols(w))); }
-
-int64_t count_items(const Matrix& w) {
-    return w.rows * w.cols == 0 ? 0 : ceil_div(w.cols, item_cols(w)) * ceil_div(w.rows, item_rows(w));
-}
-
-void list_items(const Matrix* weights, int64_t n, Item* to) {
-    for (int64_t t = 0; t < n; ++t) {
-        const Matrix& w = weights[t];
-        if (w.rows * w.cols == 0) continue;
-        const int64_t rows = item_rows(w), cols = item_cols(w);
-        for (int64_t row = 0; row < w.rows; row += rows)
-            for (int64_t col = 0; col < w.cols; col += cols)
-                *to++ = {t, row, least(rows, w.rows - row), col, least(cols, w.cols - col), 0, 0, 0};
-    }
-}
-
-// Calls `fn(keys)` for every vector of keys of an item. `tile` holds 4-byte elements, enough for every dtype.
-template <class Fn> void for_item(const Search& s, const Item& item, uint32_t* tile, Fn fn) {
-    const Matrix& w = s.weights[item.tensor];
-    with_dtype(w.dtype, [&](auto element) {
-        typedef decltype(element) T;
-        const T* from = (const T*)w.data + item.col * w.col_stride;
-        for_rows(from, w.row_stride, w.col_stride, item.row, item.row + item.rows, item.cols, (T*)tile,
-                 [&](int64_t i, const T* row) {
-                     for_keys(row, factors_of_row(w, i) + item.col, item.cols, [&](int64_t, I here) { fn(here); });
-                 });
-        return 0;
-    });
-}
-
-int64_t largest_tile(const Search& s) {
-    int64_t size = 0;
-    for (int64_t t = 0; t < s.n; ++t) size = most(size, tile_size(item_cols(s.weights[t]), s.weights[t].col_stride));
-    return size;
-}
-
 // ------------------------------------------------------------------------------------------------ passes over everything
 
 // Counts every item's keys above and inside the interval, and collects those inside (unless it is a single key) as far
 // as the pool reaches. Sets `used` to the number that wanted to be there.
 int count_pass(Search& s, Interval in) {
     const bool collect = in.lo < in.hi;
-    const int64_t tile_elements = largest_tile(s);
+    const int64_t tile_elements = largest_tile(s.weights, s.n);
     int failed = 0;
     s.used = 0;
 #pragma omp parallel if (s.threads > 1 && s.n_items > 1)
@@ -102,13 +54,13 @@ int count_pass(Search& s, Interval in) {
             const I above = broadcast(in.hi), below = broadcast(in.lo - 1);
             int64_t greater = 0, inside = 0;
             if (collect) {
-                for_item(s, item, tile.data, [&](I here) {
+                for_item(s.weights, item, tile.data, [&](I here) {
                     const Mask high = gt(here, above), reached = gt(here, below);
                     greater += count(high);
                     if (high != reached) inside += compress(found.data + inside, reached ^ high, here);
                 });
             } else {
-                for_item(s, item, tile.data, [&](I here) {
+                for_item(s.weights, item, tile.data, [&](I here) {
                     greater += count(gt(here, above));
                     inside += count(eq(here, above));
                 });
@@ -137,7 +89,7 @@ int histogram_pass(Search& s, Interval* in) {
     Scratch<int64_t> bins(BINS);
     if (!bins) return fps::OUT_OF_MEMORY;
     memset(bins.data, 0, BINS * sizeof(int64_t));
-    const int64_t tile_elements = largest_tile(s);
+    const int64_t tile_elements = largest_tile(s.weights, s.n);
     int64_t greater = 0;
     int failed = 0;
 #pragma omp parallel if (s.threads > 1 && s.n_items > 1)
@@ -156,7 +108,7 @@ int histogram_pass(Search& s, Interval* in) {
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < s.n_items; ++i) {
             if (!ready) continue;
-            for_item(s, s.items[i], tile.data, [&](I here) {
+            for_item(s.weights, s.items[i], tile.data, [&](I here) {
                 const Mask over = gt(here, high);
                 above += count(over);
                 for (Mask m = gt(here, below) ^ over; m; m &= m - 1) {

@@ -25,7 +25,7 @@ from fps_kernels.ops.records import (
     PreparedAgreement,
     Recomputed,
 )
-from fps_kernels.ops.scores import score_kth, score_select, score_topk
+from fps_kernels.ops.scores import score_counts, score_kth, score_select, score_topk
 from fps_kernels.ops.updates import agree_values_, masked_adamw_, scatter_values_
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "sampled_grad",
     "sampled_grad_conv2d",
     "scatter_values_",
+    "score_counts",
     "score_kth",
     "score_select",
     "score_topk",

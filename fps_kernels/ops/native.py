@@ -47,6 +47,7 @@ __all__ = [
     "sampled_grad",
     "sampled_grad_conv2d",
     "scatter_values_",
+    "score_counts",
     "score_kth",
     "score_select",
     "score_topk",
@@ -127,6 +128,19 @@ def score_kth(weights: list[Tensor], factors: list[Tensor], k: int) -> tuple[Ten
     )
     check(status)
     return threshold, greater, equal
+
+
+def score_counts(weights: list[Tensor], factors: list[Tensor], thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`.reference.score_counts` in one read of the weights."""
+    fields = table(field for W, a in zip(weights, factors, strict=True) for field in _matrix(W, a))
+    counts = torch.empty(2, len(weights), dtype=torch.int64, device=_CPU)
+    greater, equal = counts[0], counts[1].clone()
+    threads = torch.get_num_threads()
+    status = library().fps_score_counts(
+        fields, len(weights), thresholds.data_ptr(), greater.data_ptr(), equal.data_ptr(), threads
+    )
+    check(status)
+    return greater, equal
 
 
 def score_select(W: Tensor, a: Tensor, threshold: Tensor, nnz: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-ABI = 7
+ABI = 8
 ISAS = ("base", "avx2", "avx512")
 LIBRARY = "libfps_kernels.so"
 
@@ -33,6 +33,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fps_column_norm_conv2d": [_P, _P, _P, _N, _INT],
     "fps_score_topk": [_P, _N, _P, _INT],
     "fps_score_kth": [_P, _N, _N, _P, _P, _P, _INT],
+    "fps_score_counts": [_P, _N, _P, _P, _P, _INT],
     "fps_score_select": [_P, _P, _N, _P, _P, _INT],
     "fps_sampled_grad": [_P, _P, _P, _P, _P, _P, _INT],
     "fps_linear_gradients": [ctypes.c_char_p, _INT],

@@ -85,6 +85,14 @@ def score_kth(weights: list[Tensor], factors: list[Tensor], k: int) -> tuple[Ten
     return threshold, torch.stack(greater), torch.stack(equal)
 
 
+def score_counts(weights: list[Tensor], factors: list[Tensor], thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """Per tensor how many scores lie above its threshold and are equal to it."""
+    every = [scores(W, a) for W, a in zip(weights, factors, strict=True)]
+    greater = [_above(s, t).sum() for s, t in zip(every, thresholds, strict=True)]
+    equal = [_same(s, t).sum() for s, t in zip(every, thresholds, strict=True)]
+    return torch.stack(greater), torch.stack(equal)
+
+
 def score_select(W: Tensor, a: Tensor, threshold: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     """CSR of the entries whose score is above ``threshold``, and of the first (row by row) equal to it: ``nnz`` in all."""
     s = scores(W, a)

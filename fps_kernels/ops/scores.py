@@ -66,12 +66,7 @@ def score_kth(weights: Sequence[Tensor], factors: Sequence[Tensor], k: int) -> t
         TypeError: wrong dtype.
         ValueError: wrong shape, device or ``k``, or lists of different lengths.
     """
-    if len(weights) != len(factors):
-        raise ValueError(f"factors must have one tensor per weight, got {len(factors)} for {len(weights)} weights")
-    matrices = []
-    for i, (W, a) in enumerate(zip(weights, factors, strict=True)):
-        check_device(f"weights[{i}]", W, weights[0].device)
-        matrices.append(factor_matrix(W, a, f"[{i}]"))
+    matrices = _factor_matrices(weights, factors)
     total = sum(W.numel() for W in weights)
     if not 1 <= k <= total:
         raise ValueError(f"k must be between 1 and the {total} entries of all weights, got {k}")
@@ -85,6 +80,39 @@ def score_kth(weights: Sequence[Tensor], factors: Sequence[Tensor], k: int) -> t
 def _(weights: Sequence[Tensor], factors: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
     counts = weights[0].new_empty((len(weights),), dtype=torch.int64)
     return weights[0].new_empty((), dtype=torch.float32), counts, torch.empty_like(counts)
+
+
+@custom_op("fps_kernels::score_counts", mutates_args=())
+def score_counts(weights: Sequence[Tensor], factors: Sequence[Tensor], thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """How many scores of each of many tensors lie above its threshold and are equal to it, without a score tensor.
+
+    It is what several processes, each with some of the entries, find the k-th largest score of all by.
+
+    Args:
+        weights: ``n`` matrices ``[O, C]`` of any float dtypes and strides, at least one, all on one device.
+        factors: for each its ``a``, ``[C]`` or ``[G, C]`` float32.
+        thresholds: float32 ``[n]``; NaN ranks above every number.
+
+    Returns:
+        ``greater`` and ``equal`` int64 ``[n]``.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape or device, or lists of different lengths.
+    """
+    matrices = _factor_matrices(weights, factors)
+    check_dtype("thresholds", thresholds, torch.float32)
+    check_device("thresholds", thresholds, weights[0].device)
+    check_shape("thresholds", thresholds, (len(weights),))
+    backend = implementation("score_counts", weights[0].device)
+    result: tuple[Tensor, Tensor] = backend.score_counts(list(weights), matrices, thresholds.contiguous())
+    return result
+
+
+@score_counts.register_fake
+def _(weights: Sequence[Tensor], factors: Sequence[Tensor], thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    counts = weights[0].new_empty((len(weights),), dtype=torch.int64)
+    return counts, torch.empty_like(counts)
 
 
 @custom_op("fps_kernels::score_select", mutates_args=())
@@ -121,3 +149,13 @@ def score_select(W: Tensor, a: Tensor, threshold: Tensor, nnz: int) -> tuple[Ten
 @score_select.register_fake
 def _(W: Tensor, a: Tensor, threshold: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     return W.new_empty((W.shape[0] + 1,), dtype=torch.int32), W.new_empty((nnz,), dtype=torch.int32)
+
+
+def _factor_matrices(weights: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+    if len(weights) != len(factors):
+        raise ValueError(f"factors must have one tensor per weight, got {len(factors)} for {len(weights)} weights")
+    matrices = []
+    for i, (W, a) in enumerate(zip(weights, factors, strict=True)):
+        check_device(f"weights[{i}]", W, weights[0].device)
+        matrices.append(factor_matrix(W, a, f"[{i}]"))
+    return matrices

@@ -120,6 +120,9 @@ def check_threshold(weights: list[Tensor], factors: list[Tensor], k: int) -> Non
     threshold, greater, equal = ops.score_kth(weights, factors, k)
     torch.testing.assert_close(threshold, order.values[k - 1], rtol=0, atol=0, equal_nan=True)
     assert greater.dtype == equal.dtype == torch.int64
+    for found, expected in zip(ops.score_counts(weights, factors, threshold.expand(len(weights))), (greater, equal), strict=True):
+        assert found.dtype == torch.int64
+        assert torch.equal(found, expected)
     ties_left = k - int(greater.sum())
     start = 0
     for i, (W, a) in enumerate(zip(weights, factors, strict=True)):
@@ -179,11 +182,22 @@ def test_threshold_of_awkward_distributions(backend, device, fill):
         check_threshold([W], [torch.ones_like(a)], k)
 
 
+def test_counts_of_own_thresholds(backend, device, dtype):
+    """Each tensor is compared with its own threshold, whatever that is."""
+    W, a = inputs((23, 77), dtype, device, 1)
+    scores = reference.scores(W, a.reshape(1, -1))
+    cases = [0.0, -0.0, float("inf"), float("nan"), float(scores.max()), float(scores.flatten()[100])]
+    greater, equal = ops.score_counts([W] * len(cases), [a] * len(cases), torch.tensor(cases, device=device))
+    assert greater.tolist() == [int((scores > t).sum()) for t in cases]
+    assert equal.tolist() == [int((scores == t).sum()) for t in cases]
+
+
 def test_opcheck(backend, device):
     W, a = inputs((6, 9), torch.float32, device)
     torch.library.opcheck(ops.score_topk, (W, a, 2))
     torch.library.opcheck(ops.score_kth, ([W, W.clone()], [a, a.clone()], 5))
     threshold, greater, _ = ops.score_kth([W], [a], 5)
+    torch.library.opcheck(ops.score_counts, ([W, W.clone()], [a, a.clone()], torch.rand(2, device=device)))
     torch.library.opcheck(ops.score_select, (W, a, threshold, int(greater) + 1))
 
 
@@ -214,6 +228,12 @@ def test_threshold_bad_arguments():
         ops.score_kth([W], [A], 25)
     with pytest.raises(TypeError, match=r"a\[1\] must be torch.float32"):
         ops.score_kth([W, W], [A, A.double()], 1)
+    with pytest.raises(ValueError, match="one tensor per weight"):
+        ops.score_counts([W, W], [A], torch.zeros(2))
+    with pytest.raises(ValueError, match=r"thresholds must have shape \[1\]"):
+        ops.score_counts([W], [A], torch.tensor(0.0))
+    with pytest.raises(TypeError, match=r"thresholds must be torch.float32"):
+        ops.score_counts([W], [A], torch.zeros(1, dtype=torch.float64))
     with pytest.raises(ValueError, match="nnz must be between 0 and 24, got 25"):
         ops.score_select(W, A, torch.tensor(0.5), 25)
 

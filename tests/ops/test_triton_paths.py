@@ -104,7 +104,7 @@ def test_topk_of_rows_too_long_for_registers(monkeypatch, fill):
 
 def test_kth_of_many_kinds_of_tensors_in_many_programs(monkeypatch):
     for name in ("LEAST_ENTRIES", "MOST_ENTRIES"):
-        monkeypatch.setattr(module("threshold"), name, 500)
+        monkeypatch.setattr(module("entry_tables"), name, 500)
     weights = [
         torch.randn(37, 80, device=DEVICE),
         torch.randn(9, 260, device=DEVICE).bfloat16(),

@@ -54,6 +54,7 @@ CALLS = {
     ),
     "score_topk": lambda: backend.score_topk(there(64, 32), there(1, 32), 3),
     "score_kth": lambda: backend.score_kth([there(64, 32), there(8, 16)], [there(1, 32), there(1, 16)], 20),
+    "score_counts": lambda: backend.score_counts([there(64, 32), there(8, 16)], [there(1, 32), there(1, 16)], there(2)),
     "score_select": lambda: backend.score_select(there(64, 32), there(1, 32), there(), 20),
     "sampled_grad": lambda: backend.sampled_grad(there(3000, 64), there(3000, 32), *csr(64, 100)),
     "linear_gradients": lambda: backend.linear_gradients(

@@ -7,6 +7,7 @@ below it, the jit kernels at the bottom. What an op means is in :mod:`fps_kernel
 from fps_kernels.ops.triton.agreement import agree_values_
 from fps_kernels.ops.triton.column_norm import column_norm_
 from fps_kernels.ops.triton.column_norm_conv2d import column_norm_conv2d_
+from fps_kernels.ops.triton.counts import score_counts
 from fps_kernels.ops.triton.gradients import linear_gradients, sampled_grad
 from fps_kernels.ops.triton.gradients_conv2d import sampled_grad_conv2d
 from fps_kernels.ops.triton.packing import pack_groups, unpack_groups
@@ -29,6 +30,7 @@ __all__ = [
     "sampled_grad",
     "sampled_grad_conv2d",
     "scatter_values_",
+    "score_counts",
     "score_kth",
     "score_select",
     "score_topk",

@@ -1,10 +1,4 @@
-"""``score_kth`` and ``score_select``: the exact k-th largest score of many tensors, and the entries it chooses.
-
-A pass over the weights costs one launch for each kind of tensor in the list (dtype, alignment, wide or narrow), normally
-one in all, however many tensors there are: a table of pointers says where they are, a map gives each program its rows.
-"""
-
-from dataclasses import dataclass
+"""``score_kth`` and ``score_select``: the exact k-th largest score of many tensors, and the entries it chooses."""
 
 import torch
 import triton
@@ -12,16 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fps_kernels.ops.triton.digits import BITS, SHIFTS, digit_of_rank, occurrences
+from fps_kernels.ops.triton.entry_tables import FIELDS, entry_tables, options_of
 from fps_kernels.ops.triton.factors import factors_by_row, share_factors, shared_factors
 from fps_kernels.ops.triton.floats import NAN_KEY, canonical_key, score_key
-from fps_kernels.ops.triton.tables import block_map, device_table
 from fps_kernels.ops.triton.target import AS_WRITTEN, register_limit
-
-# Many entries per program make flushing its counters cheap; few keep all SMs busy where there is one small tensor.
-LEAST_ENTRIES, MOST_ENTRIES = 4096, 65536
-TARGET_PROGRAMS = 528  # four for each SM of an H100
-FIELDS = tl.constexpr(8)  # of a tensor in the table
-TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def score_kth(weights: list[Tensor], factors: list[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,42 +27,10 @@ def score_select(W: Tensor, a: Tensor, threshold: Tensor, nnz: int) -> tuple[Ten
     return row_offsets, columns
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What a kernel must know of a tensor at compile time."""
-
-    dtype: torch.dtype
-    aligned: bool  # 16-byte loads: unit column stride, everything divisible
-    shared: bool  # the rows of a tile have the same factors
-    tile: tuple[int, int]
-
-
-def _kind(W: Tensor, a: Tensor) -> _Kind:
-    aligned = W.stride(1) == 1 and all(n % 16 == 0 for n in (W.data_ptr(), a.data_ptr(), W.stride(0), W.shape[1]))
-    tile = (64, 32) if W.shape[1] <= 64 else (16, 256)
-    return _Kind(W.dtype, aligned, share_factors(W, a, tile[0]), tile)
-
-
 def launch_radix_passes(weights: list[Tensor], factors: list[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
     """A pass for each digit, followed by its choice on the device: only counts and two numbers of state exist."""
     device, n = weights[0].device, len(weights)
-    kinds: dict[_Kind, list[int]] = {}
-    table: list[int] = []
-    rows_per_program: list[int] = []
-    total = sum(W.numel() for W in weights)
-    entries = min(MOST_ENTRIES, max(LEAST_ENTRIES, total // TARGET_PROGRAMS))
-    for i, (W, a) in enumerate(zip(weights, factors, strict=True)):
-        kind = _kind(W, a)
-        if W.numel():
-            kinds.setdefault(kind, []).append(i)
-        rows = kind.tile[0] * max(1, entries // (kind.tile[0] * max(1, W.shape[1])))  # whole tiles
-        rows_per_program.append(rows)
-        table += (W.data_ptr(), a.data_ptr(), *W.shape, *W.stride(), max(1, W.shape[0] // a.shape[0]), rows)
-    maps = {
-        kind: block_map(tuple((i, triton.cdiv(weights[i].shape[0], rows_per_program[i])) for i in members), device)
-        for kind, members in kinds.items()
-    }
-    pointers = device_table(tuple(table), device)
+    pointers, maps = entry_tables(weights, factors)
     state = torch.empty(2, dtype=torch.int64, device=device)  # the key's leading digits; the rank among keys that share them
     shared = torch.zeros(len(BITS) - 1, 1 << max(BITS), dtype=torch.int64, device=device)
     own = torch.zeros(n, 1 << BITS[-1], dtype=torch.int64, device=device)  # last digit: a histogram per tensor
@@ -95,14 +51,7 @@ def launch_radix_passes(weights: list[Tensor], factors: list[Tensor], k: int) ->
                 BITS=bits,
                 FIRST=first,
                 LAST=last,
-                DTYPE=TL_DTYPES[kind.dtype],
-                ALIGNED=kind.aligned,
-                SHARED=kind.shared,
-                BLOCK_R=kind.tile[0],
-                BLOCK_C=kind.tile[1],
-                num_warps=8 if kind.tile[0] * kind.tile[1] > 2048 else 4,
-                **AS_WRITTEN,
-                **register_limit(device, 255),
+                **options_of(kind, device),
             )
         _choose_digit[(1,)](
             histogram,

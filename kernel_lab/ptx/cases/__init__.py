@@ -16,6 +16,7 @@ OPS = {
         "column_norm_conv2d_",
         "score_topk",
         "score_kth",
+        "score_counts",
         "score_select",
         "sampled_grad",
         "sampled_grad_conv2d",

@@ -16,6 +16,7 @@ PASSES = 3  # that score_kth makes over the weights
 def cases() -> Iterator[Case]:
     yield from _topks()
     yield from _thresholds()
+    yield from _counts()
     yield from _selects()
 
 
@@ -108,7 +109,7 @@ def _thresholds() -> Iterator[Case]:
         return PASSES * size(*weights, *factors)
 
     case = partial(Case, "score_kth", least=least, elements=_elements)
-    many = {"threshold.LEAST_ENTRIES": 500, "threshold.MOST_ENTRIES": 500}
+    many = {"entry_tables.LEAST_ENTRIES": 500, "entry_tables.MOST_ENTRIES": 500}
     for number, dtype in enumerate(DTYPES):
         for which, fill in enumerate(FILLS):
             made = partial(seven, dtype, fill)
@@ -119,6 +120,25 @@ def _thresholds() -> Iterator[Case]:
         for rows, columns in ((64, 256), (43, 768), (40, 64), (43, 70)):
             yield case(f"[{rows}, {columns}] alone", dtype, partial(alone, rows, columns, dtype), lane=columns == 70)
         yield case("an eighth of a ViT-B block, 1 %", dtype, partial(block, dtype), large=True)
+
+
+def _counts() -> Iterator[Case]:
+    def build(dtype: torch.dtype, fill: str) -> Arguments:
+        shapes = ((9, 5, "rows", 3), (70, 100, "strided", 1), (33, 256, "rows", 1), (40, 96, "transposed", 2), (0, 8, "rows", 1))
+        made = [filled(rows, columns, dtype, layout, fill, groups) for rows, columns, layout, groups in shapes]
+        thresholds = [reference.score_kth([W], [a], W.numel() // 20)[0] if W.numel() else torch.tensor(1.0) for W, a in made]
+        return [W for W, _ in made], [a for _, a in made], torch.stack(thresholds)
+
+    def least(arguments: Arguments) -> int:
+        return size(*arguments[0], *arguments[1])
+
+    case = partial(Case, "score_counts", least=least, elements=_elements)
+    many = {"entry_tables.LEAST_ENTRIES": 500, "entry_tables.MOST_ENTRIES": 500}
+    for number, dtype in enumerate(DTYPES):
+        for which, fill in enumerate(FILLS):
+            made = partial(build, dtype, fill)
+            yield case(f"five tensors, {fill}", dtype, made, lane=number == which)
+            yield case(f"five tensors, {fill}, many programs", dtype, made, forced=many)
 
 
 def _selects() -> Iterator[Case]:
