@@ -103,6 +103,10 @@ class Budget(ABC):
         return Begun((), lambda read: chosen)
 
     @abstractmethod
+    def count_of(self, layouts: Sequence[MatrixLayout]) -> int | None:
+        """How many entries of a group of weights; ``None`` where it is so many of each row instead."""
+
+    @abstractmethod
     def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
         """As many entries of a group of weights, drawn uniformly."""
 
@@ -155,6 +159,9 @@ class PerNeuron(Budget):
         narrow = [name for name, layout in layouts.items() if layout.shape[1] < self.k]
         return _narrow(narrow, f"fewer columns than k={self.k}: every row of theirs gives all that it has") if narrow else ""
 
+    def count_of(self, layouts: Sequence[MatrixLayout]) -> None:
+        """So many of each row."""
+
     def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
         """The best entries of every weight."""
         chosen = {}
@@ -191,6 +198,10 @@ class _EachWeight(Budget):
 
     def check(self, name: str, layout: MatrixLayout) -> None:
         """Every weight will do."""
+
+    def count_of(self, layouts: Sequence[MatrixLayout]) -> int:
+        """Of the one weight that a group is."""
+        return sum(map(self.count, layouts))
 
     def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
         """The best entries of every weight."""
@@ -286,6 +297,10 @@ class Global(Budget):
     def check(self, name: str, layout: MatrixLayout) -> None:
         """Every weight will do."""
 
+    def count_of(self, layouts: Sequence[MatrixLayout]) -> int:
+        """Of all weights together."""
+        return _count(self.density, sum(math.prod(layout.shape) for layout in layouts))
+
     def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
         """The best entries of all weights together; equal scores go to the earlier entry."""
         begun = self.begin(weights)
@@ -350,12 +365,18 @@ def _selected(
     w: ScoredWeight, blocks: list[tuple[Tensor, Tensor]], threshold: Tensor, numbers: list[int]
 ) -> WeightSelection:
     """So many entries of each matrix of a weight, by the threshold."""
-    found = [ops.score_select(*block, threshold, number) for block, number in zip(blocks, numbers, strict=True)]
+    return stacked(
+        w.layout, [ops.score_select(*block, threshold, number) for block, number in zip(blocks, numbers, strict=True)]
+    )
+
+
+def stacked(layout: MatrixLayout, found: list[tuple[Tensor, Tensor]]) -> WeightSelection:
+    """A selection of matrices, one below the other, of the ``row_offsets`` and columns of each."""
     if len(found) == 1:
-        return WeightSelection.trusted(w.layout, *found[0])
-    before = itertools.accumulate(numbers, initial=0)
+        return WeightSelection.trusted(layout, *found[0])
+    before = itertools.accumulate((columns.numel() for _, columns in found), initial=0)
     offsets = [row_offsets[i > 0 :] + begin for i, ((row_offsets, _), begin) in enumerate(zip(found, before, strict=False))]
-    return WeightSelection.trusted(w.layout, torch.cat(offsets), torch.cat([columns for _, columns in found]))
+    return WeightSelection.trusted(layout, torch.cat(offsets), torch.cat([columns for _, columns in found]))
 
 
 def check_budget(budget: Any) -> None:

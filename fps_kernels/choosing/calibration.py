@@ -14,7 +14,7 @@ from fps_kernels.choosing.finite_checks import FiniteCheck, check_finite
 from fps_kernels.choosing.statistics import ActivationStats, WeightStats, combine
 from fps_kernels.ops import BackendUnavailableError, backend_for, native
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated
-from fps_kernels.weights.sharding import check_whole
+from fps_kernels.weights.sharding import check_sharding
 from fps_kernels.weights.survey import Survey
 from fps_kernels.weights.watching import WeightUse
 
@@ -171,7 +171,7 @@ def unchecked_statistics(
 ) -> tuple[ActivationStats, list[FiniteCheck]]:
     """:func:`calibrate` without having looked whether activations were finite: whoever goes on looks at that later."""
     accumulators: dict[str, _Accumulator] = {}
-    check_whole(survey)
+    check_sharding(survey)
     survey.check_has_values()
     memory, direct = _direct_sums(survey, ord)
 

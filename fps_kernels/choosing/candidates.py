@@ -29,8 +29,9 @@ def eligible_weights(
         whole = tuple(matching(as_patterns(dense, "dense"), every, "dense", "parameters"))
         if clash := [n for n in whole if n in excluded]:
             raise ValueError(f"{clash[0]} matches both dense and exclude")
+    sharded = survey.sharded
     for name in whole:
-        if reason := unfit(every[name]):
+        if reason := unfit(every[name] if name not in sharded else sharded[name].local):
             raise TypeError(f"{name} cannot be trained whole: {reason}")
     eligible, skipped = {}, {}
     for name, p in matrices.items():
@@ -40,7 +41,9 @@ def eligible_weights(
             skipped[name] = "excluded"
         elif name not in included:
             skipped[name] = "not included"
-        elif reason := unfit(p):
+        elif sharded and name not in sharded:
+            skipped[name] = "it is not sharded, while others are: no one would add up its gradients"
+        elif reason := unfit(p if name not in sharded else sharded[name].local):
             if include is not None:
                 raise TypeError(f"{name} cannot be tuned: {reason}")
             skipped[name] = reason

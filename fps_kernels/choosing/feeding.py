@@ -95,7 +95,8 @@ def run_forward(
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, got {max_batches}")
     model, feed = survey.model, forward or default_forward
-    parameters = {name: p for name, p in survey.matrices.items() if unfit(p) is None}
+    multiplied = survey.multiplied if survey.sharded else survey.matrices
+    parameters = {name: p for name in survey.matrices if unfit(p := multiplied[name]) is None}
     owners = [(survey.tied.get(name, name), *owner) for name, owner in survey.offloaded.items()]
     interception = WeightInterception(parameters, on_use, owners, takers)
     with evaluation_mode(survey), torch.no_grad(), uncompiled():

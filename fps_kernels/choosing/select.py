@@ -16,13 +16,14 @@ from fps_kernels.choosing.candidates import eligible_weights, usable_layouts
 from fps_kernels.choosing.feeding import Forward, ordinary_tensors
 from fps_kernels.choosing.finite_checks import FiniteCheck, check_finite
 from fps_kernels.choosing.scorers import FPS, ColumnScorer, Random, Scorer
+from fps_kernels.choosing.sharded import sharded_entries
 from fps_kernels.choosing.statistics import ActivationStats
 from fps_kernels.ops.transfers import sent
 from fps_kernels.selection import Selection, WeightSelection
 from fps_kernels.weights.matrix import MatrixLayout
 from fps_kernels.weights.offloading import brought_in
 from fps_kernels.weights.roles import Patterns
-from fps_kernels.weights.sharding import check_whole
+from fps_kernels.weights.sharding import check_sharding
 from fps_kernels.weights.streaming import streamed
 from fps_kernels.weights.survey import Survey
 
@@ -145,8 +146,10 @@ def _select(
     group: Any,
     progress: bool | None,
 ) -> Selection:
-    check_whole(survey)
+    check_sharding(survey)
     survey.check_has_values()
+    if survey.sharded and group is False and torch.distributed.get_world_size() > 1:
+        raise ValueError("process_group=False, but the model is sharded: all of its processes choose together")
     # Patterns are checked before the pass, which may take long.
     eligible, dense_names, skipped = eligible_weights(survey, include, exclude, dense)
     checks: list[FiniteCheck] = []
@@ -176,6 +179,10 @@ def _select(
         for names in budget.groups(layouts):
             chosen |= budget.draw({name: layouts[name] for name in names}, generator)
         check_finite(checks)
+    elif survey.sharded:
+        check_finite(checks)
+        factors = {name: scorer.factors(stats, name) for name in layouts}
+        chosen = sharded_entries(layouts, survey.sharded, factors, budget)
     else:
         chosen = best_entries(_scored(survey, layouts, budget, scorer, stats), budget, checks=checks)
     chosen |= Selection({name: chosen[name] for name in chosen if name in survey.offloaded}).to("cpu").weights

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fps_kernels.ops.transfers import sent
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated
+from fps_kernels.weights.shards import Piece
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +123,24 @@ class WeightSelection:
         if self.columns.device == torch.device(device):
             return self
         return WeightSelection.trusted(self.layout, sent(self.row_offsets, device), sent(self.columns, device))
+
+    def within(self, piece: Piece) -> tuple[slice | Tensor, "WeightSelection"]:
+        """The entries that lie in a piece of the weight.
+
+        Returns:
+            Which they are, in CSR order, and a selection of the piece.
+        """
+        first, last = piece.rows
+        if piece.columns == (0, self.layout.shape[1]):
+            begin, end = self.row_offsets[[first, last]].tolist()
+            offsets = self.row_offsets[first : last + 1] - begin
+            return slice(begin, end), WeightSelection.trusted(piece.layout, offsets, self.columns[begin:end].clone())
+        inside = (self.columns >= piece.columns[0]) & (self.columns < piece.columns[1])
+        lengths = torch.bincount(self.rows()[inside], minlength=last)
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+        return inside.nonzero().squeeze(1), WeightSelection.trusted(
+            piece.layout, offsets, self.columns[inside] - piece.columns[0]
+        )
 
     @classmethod
     def from_flat(cls, layout: MatrixLayout, flat: Tensor) -> "WeightSelection":

@@ -1,4 +1,4 @@
-"""Models whose weights are cut into pieces over processes: refused by name, with what to do instead."""
+"""Models whose weights are cut into pieces over processes in a way that is not served: refused by name."""
 
 from torch import nn
 from torch.distributed import is_available
@@ -15,19 +15,32 @@ def check_whole(survey: Survey) -> None:
         ValueError: FullyShardedDataParallel, ``fully_shard``, tensor parallelism, or DeepSpeed's ZeRO-3. With the name of
             what is sharded.
     """
+    check_sharding(survey)
+    if survey.sharded:
+        name = next(iter(survey.sharded))
+        raise ValueError(f"{name} is a DTensor, a weight that fully_shard has cut into pieces, which needs attach(): {_INSTEAD}")
+
+
+def check_sharding(survey: Survey) -> None:
+    """Refuse models that something else than ``fully_shard`` has sharded.
+
+    Raises:
+        ValueError: FullyShardedDataParallel, tensor parallelism, or DeepSpeed's ZeRO-3. With the name of what is sharded.
+    """
     if is_available() and (name := _flattened(survey)) is not None:
         raise ValueError(
             f"{name or 'the model'} is wrapped in FullyShardedDataParallel, which flattens and cuts the weights in it: "
-            f"{_INSTEAD}"
+            f"use fully_shard, or {_INSTEAD}"
         )
+    sharded = survey.sharded
     for name, p in survey.parameters.items():
         if type(p) is nn.Parameter and not p.numel() and hasattr(p, "ds_id"):
             raise ValueError(
                 f"{name} is partitioned by DeepSpeed's ZeRO-3: {_INSTEAD}, or ZeRO-1, which shards optimizers only"
             )
-        if is_sharded(p):
+        if name not in sharded and is_sharded(p):
             raise ValueError(
-                f"{name} is a DTensor, a weight that fully_shard or tensor parallelism has cut into pieces: {_INSTEAD}"
+                f"{name} is a DTensor, a weight that tensor parallelism has cut into pieces: use fully_shard, or {_INSTEAD}"
             )
 
 

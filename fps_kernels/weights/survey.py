@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fps_kernels.weights.kinds import KINDS
 from fps_kernels.weights.matrix import is_simulated, unfit
 from fps_kernels.weights.offloading import is_offloaded
+from fps_kernels.weights.shards import Shard, is_fully_sharded, unsharded_parameters
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,20 @@ class Survey:
             return model
         modules: dict[str, nn.Module] = {}
         parameters: dict[str, nn.Parameter] = {}
-        kinds: set[type[nn.Module]] = set()
+        kinds: dict[type[nn.Module], bool] = {}
         # As named_modules() and named_parameters() do, without a generator for each level above a module.
         left = [("", model)]
         while left:
             path, module = left.pop()
             if (kind := type(module)) not in kinds:
-                kinds.add(kind)
+                kinds[kind] = is_fully_sharded(kind)
                 if _has_names_of_its_own(kind):
+                    for m in model.modules():
+                        _reshard(m)
                     modules = dict(model.named_modules(remove_duplicate=False))
                     return cls(model, modules, dict(model.named_parameters(remove_duplicate=False)))
+            if kinds[kind]:
+                _reshard(module)
             modules[path] = module
             prefix = f"{path}." if path else ""
             for leaf, p in module._parameters.items():
@@ -92,6 +97,25 @@ class Survey:
         }
 
     @cached_property
+    def sharded(self) -> dict[str, Shard]:
+        """The pieces of the parameters that ``fully_shard`` has cut over processes, by name.
+
+        Raises:
+            ValueError: one that is cut in another way as well.
+        """
+        if not any(is_fully_sharded(kind) for kind in {type(module) for module in self.modules.values()}):
+            return {}
+        return {
+            name: Shard.of(name, *self.owner(name), p) for name, p in self.parameters.items() if hasattr(p, "device_mesh")
+        }
+
+    @cached_property
+    def multiplied(self) -> dict[str, nn.Parameter]:
+        """The parameters that modules multiply by, by name; of sharded ones those that stand in while a module runs. All
+        processes have to ask for these."""
+        return {**self.parameters, **unsharded_parameters(self.modules.values(), self.sharded)}
+
+    @cached_property
     def scripted(self) -> frozenset[str]:
         """Names of the parameters of TorchScript modules, whose multiplications nobody sees."""
         paths = [path for path, module in self.modules.items() if isinstance(module, torch.jit.ScriptModule)]
@@ -126,7 +150,7 @@ class Survey:
             parameter: the weight.
             other_uses: where else weights went in the forward pass, by name.
         """
-        if reason := unfit(parameter):
+        if reason := unfit(self.sharded[name].local if name in self.sharded else parameter):
             return reason
         if name in other_uses:
             return f"it reached {other_uses[name]}, and was never the weight of {_MULTIPLYING}"
@@ -138,6 +162,12 @@ class Survey:
 def _has_names_of_its_own(kind: type[nn.Module]) -> bool:
     own = kind.named_modules is nn.Module.named_modules and kind.named_parameters is nn.Module.named_parameters
     return not own or issubclass(kind, torch.jit.ScriptModule)
+
+
+def _reshard(module: nn.Module) -> None:
+    """The root of a sharded model keeps its parameters whole between a forward pass and a backward pass."""
+    if is_fully_sharded(type(module)):
+        module.reshard()  # type: ignore[operator]
 
 
 def _enumerated(names: list[str]) -> str:

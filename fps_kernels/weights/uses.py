@@ -18,6 +18,7 @@ from fps_kernels.weights.parts import CASTS, Part, part_of, rows_of
 Owner = tuple[str, torch.nn.Module, str]
 
 _LOOKING = ("__set__()", "size()", "dim()", "stride()", "numel()", "is_contiguous()", "type()")  # not a use
+_GATHERING = "fsdp"  # of the ops that bring sharded weights together
 _TORCHS_OWN = ("aten", "prim", "prims")  # namespaces of ops that are differentiated, as functions of torch are
 
 
@@ -134,13 +135,19 @@ def unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _namespace(func: Any) -> str | None:
+    """Of a registered op."""
+    if isinstance(func, torch._ops.OpOverload):
+        return func.namespace
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        return str(func._qualified_op_name.partition("::")[0])
+    return None
+
+
 def _is_custom(func: Any) -> bool:
     """Whether a function is an op that somebody registered: its gradient, if it has one, is its author's."""
-    if isinstance(func, torch._ops.OpOverload):
-        return func.namespace not in _TORCHS_OWN
-    if isinstance(func, torch._ops.OpOverloadPacket):
-        return func._qualified_op_name.partition("::")[0] not in _TORCHS_OWN
-    return False
+    namespace = _namespace(func)
+    return namespace is not None and namespace not in _TORCHS_OWN
 
 
 class Uses:
@@ -224,6 +231,8 @@ class Uses:
 
     def _elsewhere(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
+        if _namespace(func) == _GATHERING:  # not the model's doing
+            return result
         if type(result) is Tensor and args and (func in CASTS or func in NORMALISING):
             read = NORMALISING[func](*args, **kwargs) if func in NORMALISING else None
             if func in CASTS or read is not None:

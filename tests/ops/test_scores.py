@@ -120,7 +120,8 @@ def check_threshold(weights: list[Tensor], factors: list[Tensor], k: int) -> Non
     threshold, greater, equal = ops.score_kth(weights, factors, k)
     torch.testing.assert_close(threshold, order.values[k - 1], rtol=0, atol=0, equal_nan=True)
     assert greater.dtype == equal.dtype == torch.int64
-    for found, expected in zip(ops.score_counts(weights, factors, threshold.expand(len(weights))), (greater, equal), strict=True):
+    counts = ops.score_counts(weights, factors, threshold.expand(len(weights)))
+    for found, expected in zip(counts, (greater, equal), strict=True):
         assert found.dtype == torch.int64
         assert torch.equal(found, expected)
     ties_left = k - int(greater.sum())

@@ -124,7 +124,13 @@ def _thresholds() -> Iterator[Case]:
 
 def _counts() -> Iterator[Case]:
     def build(dtype: torch.dtype, fill: str) -> Arguments:
-        shapes = ((9, 5, "rows", 3), (70, 100, "strided", 1), (33, 256, "rows", 1), (40, 96, "transposed", 2), (0, 8, "rows", 1))
+        shapes = (
+            (9, 5, "rows", 3),
+            (70, 100, "strided", 1),
+            (33, 256, "rows", 1),
+            (40, 96, "transposed", 2),
+            (0, 8, "rows", 1),
+        )
         made = [filled(rows, columns, dtype, layout, fill, groups) for rows, columns, layout, groups in shapes]
         thresholds = [reference.score_kth([W], [a], W.numel() // 20)[0] if W.numel() else torch.tensor(1.0) for W, a in made]
         return [W for W, _ in made], [a for _, a in made], torch.stack(thresholds)
