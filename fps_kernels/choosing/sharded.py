@@ -167,9 +167,7 @@ def _best_of_groups(groups: list[list[_Held]], budget: Budget, world: _World) ->
     return chosen
 
 
-def _thresholds(
-    matrices: list[tuple[Tensor, Tensor]], of_group: list[int], counts: list[int], world: _World
-) -> Tensor:
+def _thresholds(matrices: list[tuple[Tensor, Tensor]], of_group: list[int], counts: list[int], world: _World) -> Tensor:
     """The bits of the ``counts[g]``-th largest score of each group, int64 on the CPU."""
     mine = torch.zeros(len(counts), dtype=torch.int64)
     for (matrix, _), g in zip(matrices, of_group, strict=True):
@@ -260,9 +258,7 @@ def _by_rows(h: _Held, key: int, ties: Tensor, left: int, world: _World) -> list
 # ------------------------------------------------------------------------------------------------ of all processes
 
 
-def _check_finite(
-    held: list[_Held], own: dict[str, WeightSelection], factors: Mapping[str, Tensor], world: _World
-) -> None:
+def _check_finite(held: list[_Held], own: dict[str, WeightSelection], factors: Mapping[str, Tensor], world: _World) -> None:
     """NaN and infinity rank first, so that any that was chosen from is among the chosen of some process."""
     largest = []
     for h in held:

@@ -37,8 +37,11 @@ class Seen:
     Attributes:
         entries: the chosen entries.
         parameters: of ``entries``: where its values are, or what a functional call has put there for a while.
-        values: the values.
-        weight: the weight.
+        own: the parameter that is there otherwise.
+        values: the values, as autograd is given them: ``own``, but for sharded models.
+        numbers: the values, as they lie here: likewise.
+        weight: the weight that is multiplied by.
+        stored: the weight, as it lies here: the same, but for sharded models.
         scopes: the forward passes at whose begin both agree.
         distinct: the columns that carry entries, or ``None``.
         whole: the entries in the columns of the weight.
@@ -48,9 +51,12 @@ class Seen:
     __slots__ = (
         "distinct",
         "entries",
+        "numbers",
+        "own",
         "parameters",
         "part",
         "scopes",
+        "stored",
         "values",
         "values_address",
         "values_version",
@@ -60,8 +66,14 @@ class Seen:
         "whole",
     )
 
+    numbers: Tensor
+    stored: Tensor
+    values: Tensor
+
     def __init__(self, entries: "SelectedEntries", values: nn.Parameter, weight: nn.Parameter) -> None:
-        self.entries, self.values, self.weight = entries, values, weight
+        self.entries = entries
+        self.own = self.values = self.numbers = values
+        self.weight = self.stored = weight
         self.parameters = entries._parameters
         self.scopes: tuple[Scope, ...] = ()
         self.distinct = entries.distinct
@@ -72,15 +84,15 @@ class Seen:
 
     def note(self) -> None:
         """Both sides agree as they are now, and lie where they did. Overrides have to be off."""
-        self.values_version, self.weight_version = self.values._version, self.weight._version
+        self.values_version, self.weight_version = self.numbers._version, self.stored._version
 
     def moved(self) -> bool:
         """Whether either side has changed or lies elsewhere, as far as torch can tell. Overrides have to be off."""
         return (
-            self.values._version != self.values_version
-            or self.weight._version != self.weight_version
-            or self.values.data_ptr() != self.values_address
-            or self.weight.data_ptr() != self.weight_address
+            self.numbers._version != self.values_version
+            or self.stored._version != self.weight_version
+            or self.numbers.data_ptr() != self.values_address
+            or self.stored.data_ptr() != self.weight_address
         )
 
 
@@ -92,12 +104,13 @@ class Agreement:
 
     def __init__(self, entries: "list[SelectedEntries]") -> None:
         self.entries = entries
+        self._sharded: list[Any] = [e for e in entries if e.is_sharded]
         self._ready = False
         self._calls: list[ops.PreparedAgreement] = []
         self._places: list[tuple[Seen, int, int]] = []
 
     def __getstate__(self) -> dict[str, Any]:  # a copy of it is of other memory
-        return {"entries": self.entries, "_ready": False, "_calls": [], "_places": []}
+        return {"entries": self.entries, "_sharded": [], "_ready": False, "_calls": [], "_places": []}
 
     def forget(self) -> None:
         """Let go of the memory: it is about to move."""
@@ -124,14 +137,16 @@ class Agreement:
                 call.run()
             if written:
                 # So that a backward pass that needs what was before notices. What was never seen is not known to differ.
-                touched = [t for seen in written if seen.values_version >= 0 for t in (seen.values, seen.weight)]
+                touched = [t for seen in written if seen.values_version >= 0 for t in (seen.numbers, seen.stored)]
                 note_written(touched, written)
 
     def _look(self) -> list[Seen] | None:
         """What has changed, as far as torch can tell; ``None`` where the call is not of this memory."""
         changed = []
+        if self._sharded and any([e.follow_shard() for e in self._sharded]):
+            return None
         for seen, values_address, weight_address in self._places:
-            values, weight = seen.values, seen.weight
+            values, weight = seen.numbers, seen.stored
             if values.data_ptr() != values_address or weight.data_ptr() != weight_address:
                 return None
             if values._version != seen.values_version or weight._version != seen.weight_version:
@@ -144,7 +159,7 @@ class Agreement:
         devices: dict[torch.device, list[SelectedEntries]] = {}
         for e in self.entries:
             e.hold(e)
-            values, weight = e.own, e.weight
+            values, weight = e.seen.numbers, e.seen.stored
             if is_simulated(values):
                 continue
             e.check_devices()
@@ -159,7 +174,7 @@ class Agreement:
 
 def _call(entries: "list[SelectedEntries]") -> ops.PreparedAgreement:
     views, offsets, columns = zip(*(e.memory() for e in entries), strict=True)
-    values = [e.own.detach() for e in entries]
+    values = [e.seen.numbers.detach() for e in entries]
     return ops.prepared_agreement(views, offsets, columns, values, [e.agreed for e in entries])
 
 
@@ -197,7 +212,12 @@ class Scope:
         self.kind = type(module)
         self.keeping = keeping
         # Functions, which find the scope in the module: a copy of it finds its own.
-        self._hooks = (module.register_forward_pre_hook(_begin), module.register_forward_hook(_end, always_call=True))
+        # Of sharded models before anything is gathered.
+        first = any(e.is_sharded for e in entries)
+        self._hooks = (
+            module.register_forward_pre_hook(_begin, prepend=first),
+            module.register_forward_hook(_end, always_call=True),
+        )
         module.__dict__[_SCOPE] = self
         self._link()
 

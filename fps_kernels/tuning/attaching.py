@@ -9,10 +9,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fps_kernels.keeping.kept import Keeping
-from fps_kernels.selection import Selection
+from fps_kernels.selection import Selection, WeightSelection
 from fps_kernels.tuning.agreement import Scope, scope_of
 from fps_kernels.tuning.compact_values import SelectedEntries
 from fps_kernels.tuning.groups import chosen_parameters
+from fps_kernels.tuning.sharded_entries import GradientExchange, ShardedEntries, divided
 from fps_kernels.tuning.step_hooks import install_hooks
 from fps_kernels.tuning.tuned_weight import hold, shorten
 from fps_kernels.tuning.tuner import Tuner
@@ -20,7 +21,7 @@ from fps_kernels.weights.buffers import BufferNotes
 from fps_kernels.weights.fingerprint import fingerprint
 from fps_kernels.weights.kinds import DIMENSIONS
 from fps_kernels.weights.matrix import is_simulated, unfit
-from fps_kernels.weights.sharding import check_whole
+from fps_kernels.weights.sharding import check_sharding
 from fps_kernels.weights.survey import Survey
 
 
@@ -70,19 +71,17 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor], *, kee
         )
     keeping = None if keep_bits is None else _keeping(keep_bits)
     survey = Survey.of(model)
-    check_whole(survey)
+    check_sharding(survey)
     selection, parameters = chosen_parameters(survey, selection)
     selection = selection.to("cpu")  # where columns are numbered and rows are looked up
     _check(survey, selection, parameters)
     install_hooks()
-    made = {
-        name: SelectedEntries(name, survey.owner(name)[0], parameters[name], chosen, hold)
-        for name, chosen in selection.weights.items()
-    }
+    multiplied = survey.multiplied if survey.sharded else parameters
+    made = {name: _entries(survey, name, multiplied[name], chosen) for name, chosen in selection.weights.items()}
     dense = {name: parameters[name] for name in selection.dense}
     tuner = Tuner(model, made, dense, selection.description, fingerprint(survey), BufferNotes(survey))
-    trained = set(tuner.dense.values())
-    for p in survey.first_names:
+    trained = {p for name in tuner.dense for p in (parameters[name], multiplied[name])}
+    for p in [*survey.first_names, *(multiplied[name] for name in survey.sharded)]:
         tuner._frozen[p] = p.requires_grad
         p.requires_grad_(p in trained)
         if p not in trained:
@@ -92,10 +91,21 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor], *, kee
         host, child = _home(survey, name)
         entries.live_in(host, child)
         shorten(host)
+    if sharded := divided(made.values()):
+        tuner.compare_across_processes(sharded[0].shard.group)
+        tuner._exchange = GradientExchange(model, sharded)
+        tuner._twins = {parameters[name]: multiplied[name] for name in parameters}
     tuner._scope = Scope(model, list(made.values()), keeping)
     tuner._scope.tuner = tuner
     tuner._loading = model.register_load_state_dict_pre_hook(_refuse_assignment)
     return tuner
+
+
+def _entries(survey: Survey, name: str, weight: nn.Parameter, chosen: WeightSelection) -> SelectedEntries:
+    owner, shard = survey.owner(name)[0], survey.sharded.get(name)
+    if shard is None:
+        return SelectedEntries(name, owner, weight, chosen, hold)
+    return ShardedEntries(name, owner, weight, chosen, hold, shard)
 
 
 def _home(survey: Survey, name: str) -> tuple[nn.Module, str]:
@@ -154,7 +164,13 @@ def _check(survey: Survey, selection: Selection, parameters: Mapping[str, nn.Par
     for name, p in parameters.items():
         if name in survey.scripted:
             raise TypeError(f"{name} belongs to a scripted module, whose multiplications cannot be intercepted")
-        if reason := unfit(p):
+        shard = survey.sharded.get(name)
+        if shard is None and survey.sharded:
+            raise ValueError(
+                f"{name} is not sharded, while other parameters are: no one would add up its gradients. Let fully_shard have "
+                "it, or exclude it from the selection"
+            )
+        if reason := unfit(p if shard is None else shard.local):
             raise TypeError(f"{name} cannot be tuned: {reason}")
         if p.is_inference():
             raise ValueError(
@@ -172,7 +188,8 @@ def _check(survey: Survey, selection: Selection, parameters: Mapping[str, nn.Par
                 f"{name} belongs to {path} itself, a {type(owner).__name__}, which would run the child "
                 "module that holds selected values: give the weight a module of its own"
             )
-        if type(p) is not nn.Parameter and not is_simulated(p):
+        shard = survey.sharded.get(name)
+        if type(p) is not nn.Parameter and not is_simulated(p) and shard is None:
             raise TypeError(f"{name} cannot be tuned: it is a {type(p).__name__}, not a plain torch.nn.Parameter")
         if p.dim() not in DIMENSIONS:
             raise ValueError(f"{name} has shape {list(p.shape)}: only weights of linear maps and convolutions are attached")
@@ -180,6 +197,9 @@ def _check(survey: Survey, selection: Selection, parameters: Mapping[str, nn.Par
         if hasattr(host, child):
             raise ValueError(f"{name} cannot be attached: {path} has a {child} of its own")
         try:
-            chosen.layout.memory(p)
+            if shard is None:
+                chosen.layout.memory(p)
+            else:
+                shard.piece(chosen.layout).layout.memory(shard.local)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

@@ -41,6 +41,7 @@ class SelectedEntries(nn.Module):
 
     distinct: Tensor | None
     own: nn.Parameter
+    is_sharded = False  # see :mod:`.sharded_entries`
 
     def __init__(
         self,
@@ -72,8 +73,9 @@ class SelectedEntries(nn.Module):
         if not is_simulated(selection.row_offsets):
             thirds = [0, rows // 3, 2 * (rows // 3), rows]
             self._begins = dict(zip(thirds, selection.row_offsets[thirds].tolist(), strict=True))
-        self.values = nn.Parameter(self._held().float())
-        self.agreed = self.values.detach().clone()
+        held = self._held().float()
+        self.agreed = held.clone()
+        self.values = self._as_parameter(held)
         self._link()
 
     def _link(self) -> None:
@@ -82,9 +84,20 @@ class SelectedEntries(nn.Module):
         self.values.selected_entries = self  # type: ignore[attr-defined]
         if self._place:
             scopes = () if self.seen is None else self.seen.scopes
-            self.seen = Seen(self, self.values, self._place[0][2])
+            self.seen = self._look()
             self.seen.scopes = scopes
         self.alone = Agreement([self])
+
+    def _as_parameter(self, held: Tensor) -> nn.Parameter:
+        return nn.Parameter(held)
+
+    def _look(self) -> Seen:
+        return Seen(self, self.values, self._place[0][2])
+
+    @property
+    def here(self) -> WeightSelection:
+        """The entries that this process steps: all, but of sharded models."""
+        return self.selection
 
     @property
     def weight(self) -> nn.Parameter:
@@ -191,9 +204,9 @@ class SelectedEntries(nn.Module):
 
     def check_devices(self) -> None:
         """Refuse values that were moved away from their weight."""
-        if self.own.device != self.weight.device:
+        if self.seen.numbers.device != self.seen.stored.device:
             raise ValueError(
-                f"{self.name} is on {self.weight.device}, its selected values are on {self.own.device}: move the whole "
+                f"{self.name} is on {self.seen.stored.device}, its selected values are on {self.own.device}: move the whole "
                 "model with model.to(device)"
             )
 
@@ -202,16 +215,17 @@ class SelectedEntries(nn.Module):
         """Write the values into the weight, whatever it holds; every other entry keeps its bits."""
         self.check_place()
         self.check_devices()
-        ops.scatter_values_(*self.memory(), self.own.detach())
-        self.agreed.copy_(self.own)
+        numbers = self.seen.numbers.detach()
+        ops.scatter_values_(*self.memory(), numbers)
+        self.agreed.copy_(numbers)
         self.alone.settle()
 
     @torch.no_grad()
     def read_back(self) -> None:
         """Take over what the weight holds, whatever the values are, but where it is one of them, rounded."""
-        held = self._held()
-        self.own.copy_(torch.where(held == self.own.to(held.dtype), self.own, held.float()))
-        self.agreed.copy_(self.own)
+        held, numbers = self._held(), self.seen.numbers
+        numbers.copy_(torch.where(held == numbers.to(held.dtype), numbers, held.float()))
+        self.agreed.copy_(numbers)
         self.alone.settle()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

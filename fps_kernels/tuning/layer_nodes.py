@@ -52,7 +52,7 @@ class _Linear(torch.autograd.Function):
         if kept is None or type(kept) is Tensor:
             ctx.save_for_backward(x if kept is None else kept)
             kept = kept is None
-        ctx.of = seen, kept, seen.weight_version  # at once: each attribute of a node costs
+        ctx.of = seen, kept, seen.weight._version  # at once: each attribute of a node costs
         return own_memory(_linear(x, seen.weight, bias))
 
     @staticmethod
@@ -100,7 +100,7 @@ def _linear_in_ops(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
     e = seen.entries
     layer = Layer(F.linear, (), {}, LINEAR, seen.weight, e, None, gy.dim() - 1)
     shape = torch.Size((*gy.shape[:-1], e.layout.shape[1]))
-    return *_gradients(ctx, gy, layer, e.own, kept, version, shape, gy.shape[-1:]), None, None
+    return *_gradients(ctx, gy, layer, seen.values, kept, version, shape, gy.shape[-1:]), None, None
 
 
 # ------------------------------------------------------------------------------------------------ every kind
@@ -234,6 +234,8 @@ def _gradients(
         if part is None:
             grad, weight = gy.new_empty(columns.shape, dtype=torch.float32), layer.weight
         elif torch.is_grad_enabled():
+            if e.is_sharded:
+                raise RuntimeError(f"{e.name} is sharded: gradients of sharded models have no derivatives themselves")
             grad = _Sampled.apply(gy, part, offsets, columns, layer)
             weight = layer.effective_weight(values) if wants_x else layer.weight
         else:

@@ -15,11 +15,13 @@ from fps_kernels.tuning.compact_values import entries_of
 from fps_kernels.tuning.groups import Options, chosen_parameters, grouped
 from fps_kernels.tuning.optimizer_checks import check_options, check_parameter, check_state, checksums
 from fps_kernels.tuning.places import remember, remembered_places
+from fps_kernels.tuning.sharded_state import chosen_of, own_state, whole_state
 from fps_kernels.tuning.step_hooks import check_optimizer, tuners_of, warn_of_missing
 from fps_kernels.tuning.step_plan import STATE, Coefficients, Member, Plans, StepPlan, coefficients_of, on_a_device
 from fps_kernels.tuning.tuner import Tuner
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated
 from fps_kernels.weights.sharding import check_whole
+from fps_kernels.weights.shards import local_part
 from fps_kernels.weights.survey import Survey
 
 
@@ -162,7 +164,7 @@ class MaskedAdamW(Optimizer):
                 raise ValueError(f"{argument} must have one item per parameter, got {len(given)} for {len(params)}")
         placed: dict[Tensor, WeightSelection] = {}
         for label, p, selection in zip(labels, params, selections, strict=True):
-            check_parameter(label, p)
+            check_parameter(label, p if not isinstance(p, Tensor) else local_part(p))
             if p in placed:
                 raise ValueError(f"{label} appears twice in its group")
             if not isinstance(selection, WeightSelection | None):
@@ -171,23 +173,23 @@ class MaskedAdamW(Optimizer):
                 )
             entries = entries_of(p)
             if entries is not None:
-                selection = entries.selection
+                selection = entries.here
             elif selection is not None and self._zero_grads:
                 raise ValueError(
                     f"zero_grads=True leaves the other gradients of {label} as they are: it needs weights that are attached "
                     "or tuned whole"
                 )
             placed[p] = (
-                WeightSelection.whole(MatrixLayout(tuple(p.shape)), p.device)
+                WeightSelection.whole(MatrixLayout(tuple(local_part(p).shape)), p.device)
                 if selection is None
                 else selection.to(p.device)
             )
             if entries is not None:
                 continue
-            if placed[p].layout.parameter_shape != tuple(p.shape):
+            if placed[p].layout.parameter_shape != tuple(local_part(p).shape):
                 expected = list(placed[p].layout.parameter_shape)
                 raise ValueError(f"{label} has shape {list(p.shape)}, its selection is for {expected}")
-        group["checksums"] = checksums(list(placed.values()))
+        group["checksums"] = checksums([chosen_of(p, selection) for p, selection in placed.items()])
         super().add_param_group(group)
         self._selections.update(placed)
         self._plans = None
@@ -276,9 +278,10 @@ class MaskedAdamW(Optimizer):
         )
         entries = [m.entries for m in members if m.entries is not None]
         for e in entries:
-            e.agreed.copy_(e.own)
+            e.agreed.copy_(e.seen.numbers)
         with torch._C.DisableTorchFunctionSubclass():
-            note_written([*(m.parameter for m in members), *(e.weight for e in entries)], [e.seen for e in entries])
+            written = [*(local_part(m.parameter) for m in members), *(e.seen.stored for e in entries)]
+            note_written(written, [e.seen for e in entries])
 
     def _scaling(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """What ``torch.amp.GradScaler`` hands over: ``(grad_scale, found_inf)``."""
@@ -290,7 +293,7 @@ class MaskedAdamW(Optimizer):
 
     def _member(self, p: nn.Parameter, group: dict[str, Any]) -> Member:
         entries, state = entries_of(p), self._state_of(p)
-        master = p if entries is not None else state.get("master", torch.empty(0, device=p.device))
+        master = entries.seen.numbers if entries is not None else state.get("master", torch.empty(0, device=p.device))
         return Member(p, entries, group, state, self._gradient_of(p), self._view_of(p), master)
 
     def _state_of(self, p: nn.Parameter) -> dict[str, Any]:
@@ -308,7 +311,7 @@ class MaskedAdamW(Optimizer):
     def _view_of(self, p: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
         """The memory that holds a parameter's values as a matrix, and the CSR of the chosen entries there."""
         entries = entries_of(p)
-        held = p if entries is None else entries.weight
+        held = local_part(p) if entries is None else entries.seen.stored
         origin = (held.untyped_storage()._cdata, held.storage_offset(), held.dtype, held.stride())
         found, views = self._views.get(p, (None, None))
         if views is None or found != origin:
@@ -316,22 +319,24 @@ class MaskedAdamW(Optimizer):
                 views = entries.memory()
             else:
                 selection = self._selections[p].to(p.device)
-                if selection.layout.parameter_shape != tuple(p.shape):
+                if selection.layout.parameter_shape != tuple(held.shape):
                     expected = list(selection.layout.parameter_shape)
-                    raise ValueError(f"a parameter of shape {expected} has shape {list(p.shape)} now: make a new optimizer")
-                view, columns = selection.in_memory(p)
+                    raise ValueError(
+                        f"a parameter of shape {expected} has shape {list(held.shape)} now: make a new optimizer"
+                    )
+                view, columns = selection.in_memory(held)
                 views = (view, selection.row_offsets, columns)
             self._views[p] = (origin, views)
         return views
 
     def _gradient_of(self, p: nn.Parameter) -> Tensor:
         """The gradient as a matrix whose columns are those of the parameter's view, or of the chosen entries only."""
-        grad = p.grad
-        assert grad is not None
+        assert p.grad is not None
+        grad, held = local_part(p.grad), local_part(p)
         if entries_of(p) is not None:
-            return grad
-        if p.dim() > 2 and grad.stride() != p.stride():
-            grad = torch.empty_like(p, dtype=grad.dtype).copy_(grad)  # one of the two is channels-last
+            return grad[: self._selections[p].nnz]
+        if held.dim() > 2 and grad.stride() != held.stride():
+            grad = torch.empty_like(held, dtype=grad.dtype).copy_(grad)  # one of the two is channels-last
         return self._selections[p].layout.memory(grad).view
 
     def _learning_rates_of(self, device: torch.device, groups: list[dict[str, Any]]) -> Tensor:
@@ -351,6 +356,16 @@ class MaskedAdamW(Optimizer):
             cached = self._learning_rates[device] = (values, uploaded(values, torch.float64, device))
         return cached[1]
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as ``torch.optim.Optimizer.state_dict`` gives it.
+
+        Where parameters are sharded it is that of all processes together, on each of them, which have to ask together: it
+        can be loaded with any number of them.
+        """
+        saved: dict[str, Any] = super().state_dict()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return {**saved, "state": whole_state(saved["state"], parameters)}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state exactly; it must be of the same selection.
 
@@ -368,7 +383,8 @@ class MaskedAdamW(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         if len(ids) == len(params):
             for i, p in zip(ids, params, strict=True):
-                check_state(i, state_dict["state"].get(i), self._selections[p].nnz)
+                check_state(i, state_dict["state"].get(i), chosen_of(p, self._selections[p]).nnz)
+            state_dict = {**state_dict, "state": own_state(state_dict["state"], ids, params)}
         super().load_state_dict(state_dict)
         # torch casts state to the dtype of the parameter; moments and masters of 16-bit weights are float32.
         for i, p in zip(ids, params, strict=True):

@@ -16,6 +16,7 @@ from fps_kernels.tuning.agreement import note_written
 from fps_kernels.tuning.compact_values import SelectedEntries
 from fps_kernels.tuning.places import Place, all_there
 from fps_kernels.tuning.tuner import Tuner
+from fps_kernels.weights.shards import local_part
 
 _overrides_off = torch._C.DisableTorchFunctionSubclass
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -71,7 +72,8 @@ class StepPlan:
         self.parameters = [m.parameter for m in members]
         self.entries = [m.entries for m in members if m.entries is not None]
         with _overrides_off():
-            grads = [p.grad for p in self.parameters if p.grad is not None]
+            self._sharded = any(local_part(p) is not p for p in self.parameters)
+            grads = [local_part(p.grad) for p in self.parameters if p.grad is not None]
             # A copy of a gradient whose memory format differs from the weight's is another one in every step, and one that
             # was expanded from few numbers will hardly come again.
             self.repeats = all(
@@ -83,7 +85,7 @@ class StepPlan:
             self._nothing, self._strided = [None] * len(grads), [torch.strided] * len(grads)
             self._dtypes, self._strides = [g.dtype for g in grads], [g.stride() for g in grads]
             self._seen = [e.seen for e in self.entries]
-            self._touched = [*self.parameters, *(seen.weight for seen in self._seen)]
+            self._touched = [*map(local_part, self.parameters), *(seen.stored for seen in self._seen)]
             self._addresses = [t.data_ptr() for t in self._touched]
             self._states = [m.state for m in members]
             self._tensors = {key: [state.get(key) for state in self._states] for key in STATE}
@@ -103,7 +105,11 @@ class StepPlan:
         """Where the gradients lie, or ``None`` where the plan is out of date. Overrides have to be off."""
         # Lists and nothing else: a hundred tensors are asked six things each.
         grads: list[Any] = [p.grad for p in self.parameters]
-        if not all(map(is_not, grads, self._nothing)) or [g.layout for g in grads] != self._strided:
+        if not all(map(is_not, grads, self._nothing)):
+            return None
+        if self._sharded:
+            grads = [local_part(g) for g in grads]
+        if [g.layout for g in grads] != self._strided:
             return None
         if [g.dtype for g in grads] != self._dtypes or [g.stride() for g in grads] != self._strides:
             return None

@@ -126,7 +126,7 @@ def _follow(seen: Seen) -> None:
     """Whoever changed the values, or the weight, since they agreed: this multiplication uses what they are now."""
     for scope in seen.scopes:
         if scope.thread:  # they agreed when that pass began: who writes inside of it leaves a trace
-            if seen.values._version != seen.values_version or seen.weight._version != seen.weight_version:
+            if seen.numbers._version != seen.values_version or seen.stored._version != seen.weight_version:
                 seen.entries.settle()
             return
     if _in_backward() < 0 or seen.moved():
@@ -147,10 +147,10 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
         and forward_ad._current_level < 0
     ):
         seen = weight.entries.seen
-        values = seen.values
-        if seen.parameters["values"] is values:
+        own = seen.own
+        if seen.parameters["values"] is own:
             _follow(seen)
-            if _gradients_enabled() and values.requires_grad:
+            if _gradients_enabled() and own.requires_grad:
                 return tuned_linear(x, bias, seen)
             return F.linear(x, weight, bias)
     return _multiply(F.linear, x, weight, bias)
@@ -200,6 +200,7 @@ def _multiply(func: Any, *args: Any, **kwargs: Any) -> Any:
         _follow(entries.seen)
     if not _gradients_enabled() or not values.requires_grad:
         return func(*args, **kwargs)
+    values = entries.seen.values
     bias = call.others[0] if call.others else None
     if weight.normal is not None:
         normal = weight.normal.placed(entries.layout, call.kind)
@@ -233,6 +234,10 @@ def _served(calls: tuple[Call, ...]) -> tuple[Call, tuple[int, int] | None] | No
 def _transformed(layer: Layer, values: Tensor) -> Any:
     """Inside of a transform of functions (``torch.func``, forward-mode derivatives) or of a functional call: the weight as a
     function of the values, and whatever derivative of that is asked for. It is as large as the weight."""
+    if layer.entries.is_sharded:
+        raise RuntimeError(
+            f"{layer.entries.name} is sharded: functional calls and transforms of functions take no sharded models"
+        )
     weight = layer.effective_weight(values)
     if weight.dtype != layer.weight.dtype:
         weight = weight.to(layer.weight.dtype)
@@ -242,7 +247,7 @@ def _transformed(layer: Layer, values: Tensor) -> Any:
 
 def _compiled(y: Tensor, x: Tensor, weight: TunedWeight, kind: WeightKind, rows: tuple[int, int] | None) -> Tensor:
     entries = weight.entries
-    values: Tensor = entries.values
+    values: Tensor = entries.seen.values
     row_offsets, columns, channels = entries.row_offsets, entries.columns, entries.distinct
     if kind.channel_dim(x) is None:
         columns, channels = entries.selection.columns, None
@@ -380,7 +385,7 @@ def _elsewhere(func: Any, *args: Any, **kwargs: Any) -> Any:
         if any(t.requires_grad for t in written):  # part of a computation, and in use elsewhere: its node cannot be wrapped
             raise RuntimeError(message)
         return result  # a buffer that numbers are copied into, as an average of weights
-    return without_gradient(result, weight.entries.values, message)
+    return without_gradient(result, weight.entries.seen.values, message)
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -14,8 +15,11 @@ from fps_kernels.tuning.compact_values import SelectedEntries
 from fps_kernels.tuning.groups import Options, grouped
 from fps_kernels.tuning.optimizer_checks import checksums
 from fps_kernels.tuning.places import Place, all_there, find_places
+from fps_kernels.tuning.sharded_entries import GradientExchange, ShardedEntries
 from fps_kernels.tuning.tuned_weight import become_plain, lengthen
 from fps_kernels.weights.buffers import BufferNotes
+from fps_kernels.weights.exchange import Division, gathered
+from fps_kernels.weights.shards import Shard, local_part
 
 
 class Tuner:
@@ -47,6 +51,8 @@ class Tuner:
         self._frozen: dict[nn.Parameter, bool] = {}
         self._loading: RemovableHandle | None = None
         self._scope: Scope | None = None
+        self._exchange: GradientExchange | None = None
+        self._twins: dict[Tensor, Tensor] = {}
         self._compared = False
         self._found: list[Place] | None = None
 
@@ -143,8 +149,10 @@ class Tuner:
         return self._found
 
     def _places(self) -> list[Place]:
-        wanted: dict[str, Tensor] = {name: e.weight for name, e in self._entries.items()}
-        places, missing = find_places(self.model, {**wanted, **self.dense})
+        wanted: dict[str, Tensor] = {
+            name: e.shard.parameter if isinstance(e, ShardedEntries) else e.weight for name, e in self._entries.items()
+        }
+        places, missing = find_places(self.model, {**wanted, **self.dense}, self._twins)
         for e in self._entries.values():
             e.check_place()
             places.append((e._parameters, "values", e.own))
@@ -167,7 +175,8 @@ class Tuner:
         if self._compared:
             return
         self._compared = True
-        device = next(iter(self._entries.values())).own.device
+        first = next(iter(self._entries.values()))
+        device = first.shard.device if isinstance(first, ShardedEntries) else first.own.device
         mine = torch.tensor([self._checksum()], dtype=torch.int64, device=device)
         everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
         torch.distributed.all_gather(everyone, mine, group=group)
@@ -185,12 +194,55 @@ class Tuner:
         return zlib.crc32(repr((list(self._entries), sums, list(self.dense))).encode())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The compact values, float32, by the names of their weights.
+        """The compact values, float32 ``[nnz]``, by the names of their weights: all of them also where a process has a part,
+        the same on all processes, which then have to ask together.
 
         ``model.state_dict()`` holds the tuned model. Where weights are bfloat16 or float16 these values are more precise, so
         that a resumed run goes on with the same bits only if they are saved and loaded too.
         """
-        return {name: p.detach() for name, p in self.compact.items()}
+        return self.whole(self.compact)
+
+    def whole(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors that lie as the compact values or the dense parameters do, by their names: what all processes have of them.
+
+        Of a model that is not sharded, what is given. All processes of a sharded one have to call this together.
+        """
+        found = {name: v.detach() for name, v in values.items()}
+        shards = {name: e.division for name, e in self._entries.items() if isinstance(e, ShardedEntries)}
+        parts = {
+            name: local_part(found[name])[: shards[name].lengths()[shards[name].shard.rank]]
+            for name in found
+            if name in shards
+        }
+        found |= dict(zip(parts, gathered([shards[name] for name in parts], list(parts.values())), strict=True))
+        for name in found.keys() & self.dense.keys():
+            if local_part(found[name]) is not found[name]:
+                division = Division.of_all(Shard.of(name, self.model, name, found[name]))
+                (flat,) = gathered([division], [local_part(found[name]).flatten()])
+                found[name] = flat.view(found[name].shape)
+        return found
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, backward passes of a sharded model add up gradients on their own process; the first one after it exchanges
+        the sum. As with ``set_requires_gradient_sync``, gradients of what is trained whole are kept unsharded meanwhile.
+
+        Example:
+            >>> for i, (x, y) in enumerate(micro_batches):
+            ...     with tuner.no_sync() if i < last else nullcontext():
+            ...         loss(model(x), y).backward()
+
+        Raises:
+            ValueError: the model is not sharded: DistributedDataParallel has a ``no_sync`` of its own, and one process
+                exchanges nothing.
+        """
+        if self._exchange is None:
+            raise ValueError("no_sync() is for sharded models: use that of DistributedDataParallel")
+        self.model.set_requires_gradient_sync(False)  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)  # type: ignore[operator]
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -202,13 +254,13 @@ class Tuner:
         compact = self.compact
         if missing := sorted(compact.keys() ^ state.keys()):
             raise ValueError(f"the state is of another tuner: {missing[0]} is in one of the two only")
-        for name, p in compact.items():
-            if state[name].shape != p.shape:
-                raise ValueError(
-                    f"the state is of another selection: {name} has {list(state[name].shape)} values, not {list(p.shape)}"
-                )
-        for name, p in compact.items():
-            p.copy_(state[name])
+        for name, e in self._entries.items():
+            if state[name].shape != (e.selection.nnz,):
+                found = list(state[name].shape)
+                raise ValueError(f"the state is of another selection: {name} has {found} values, not [{e.selection.nnz}]")
+        for name, e in self._entries.items():
+            values = e.division.own(state[name]) if isinstance(e, ShardedEntries) else state[name]
+            e.seen.numbers.copy_(values)
         self.write_back()  # also where a weight has changed meanwhile
 
     def detach(self) -> None:
@@ -227,6 +279,9 @@ class Tuner:
             for p, flag in self._frozen.items():
                 p.requires_grad_(flag)
             self._frozen.clear()
+            if self._exchange is not None:
+                self._exchange.remove()
+                self._exchange = None
             if self._scope is not None:
                 self._scope.remove()
                 self._scope = None

@@ -18,7 +18,9 @@ def check_whole(survey: Survey) -> None:
     check_sharding(survey)
     if survey.sharded:
         name = next(iter(survey.sharded))
-        raise ValueError(f"{name} is a DTensor, a weight that fully_shard has cut into pieces, which needs attach(): {_INSTEAD}")
+        raise ValueError(
+            f"{name} is a DTensor, a weight that fully_shard has cut into pieces, which needs attach(): {_INSTEAD}"
+        )
 
 
 def check_sharding(survey: Survey) -> None:

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from fps_kernels.weights.matrix import MatrixLayout
 
 
+_WHOLE = frozenset((Tensor, nn.Parameter))
+
+
 class Piece(NamedTuple):
     """What one process has of a weight.
 
@@ -75,9 +78,7 @@ class Shard:
         each = -(-entries // size)  # as torch.chunk does
         bounds = tuple((min(i * each, entries), min((i + 1) * each, entries)) for i in range(size))
         replicas = mesh.get_group(1 - along) if mesh.ndim == 2 else None
-        return cls(
-            name, owner, leaf, parameter, dim, bounds, mesh.get_local_rank(along), mesh.get_group(along), replicas
-        )
+        return cls(name, owner, leaf, parameter, dim, bounds, mesh.get_local_rank(along), mesh.get_group(along), replicas)
 
     @property
     def local(self) -> Tensor:
@@ -110,7 +111,9 @@ class Shard:
             step = columns // max(shape[self.dim], 1)
             ranges = (0, rows), (first * step, last * step)
         else:
-            raise ValueError(f"{self.name} is cut along dimension {self.dim}, which divides neither its rows nor its columns")
+            raise ValueError(
+                f"{self.name} is cut along dimension {self.dim}, which divides neither its rows nor its columns"
+            )
         shape[self.dim] = last - first
         return Piece(MatrixLayout(tuple(shape), layout.row_dims), *ranges)
 
@@ -144,3 +147,44 @@ def unsharded_parameters(modules: Iterable[nn.Module], shards: Mapping[str, Shar
         if isinstance(found[name], Tensor) and hasattr(found[name], "device_mesh"):
             raise ValueError(f"{name} is cut by tensor parallelism as well, which is not served")
     return found
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What lies here of a tensor: all, but for a DTensor."""
+    if type(tensor) in _WHOLE:
+        return tensor
+    part: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return part
+
+
+class GradientRules(NamedTuple):
+    """What a sharded model was told of its gradients.
+
+    Attributes:
+        reduce: whether a backward pass adds them up over processes.
+        divisor: of their sum; ``None`` for the number of processes.
+    """
+
+    reduce: bool
+    divisor: float | None
+
+
+def gradient_rules(modules: Iterable[nn.Module]) -> GradientRules:
+    """What ``set_requires_gradient_sync`` and ``set_gradient_divide_factor`` said.
+
+    Raises:
+        RuntimeError: something that holds for some modules only, or sums of replicas that are held back.
+    """
+    groups: list[Any] = []
+    for module in modules:
+        if is_fully_sharded(type(module)):
+            state: Any = module._get_fsdp_state()  # type: ignore[operator]
+            found = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+            groups += [group for group in found if group is not None]
+    rules = {GradientRules(group.reduce_grads, group.gradient_divide_factor) for group in groups}
+    if len(rules) != 1 or any(group.all_reduce_grads != group.reduce_grads for group in groups):
+        raise RuntimeError(
+            "parts of the sharded model add up their gradients in different ways: call set_requires_gradient_sync and "
+            "set_gradient_divide_factor of the whole model"
+        )
+    return rules.pop()
