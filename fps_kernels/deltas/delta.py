@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from fps_kernels import ops
 from fps_kernels.deltas.buffers import check_places, loss_of
 from fps_kernels.deltas.file_format import DeltaContent, read_file, write_file
+from fps_kernels.selection import Selection
 from fps_kernels.storage.checked_file import Path_
+from fps_kernels.tuning.compact_values import SelectedEntries
 from fps_kernels.tuning.tuned_weight import TunedWeight
 from fps_kernels.weights.fingerprint import fingerprint
 from fps_kernels.weights.survey import Survey
@@ -35,7 +37,8 @@ class Delta(DeltaContent):
     """
 
     def __post_init__(self) -> None:
-        self._applied: tuple[weakref.ref[nn.Module], dict[str, Tensor]] | None = None
+        # To what, what was there before, and what was written: of a sharded model, the part of this process.
+        self._applied: tuple[weakref.ref[nn.Module], dict[str, Tensor], Delta] | None = None
         # Where entries lie in memory, by weight, device and strides: found once, so that changing tasks only touches them.
         self._places: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
 
@@ -76,7 +79,8 @@ class Delta(DeltaContent):
         if self._applied is not None and self._applied[0]() is not None:
             raise ValueError("this delta is applied already: revert it first, or load it a second time")
         survey = Survey.of(model)
-        parameters = self._checked(survey.parameters)
+        here = self._here(survey)
+        parameters = here._checked(_memories(survey))
         buffers = check_places(self.buffers, _buffers_of(model))
         if check_base and fingerprint(survey) != self.base:
             raise ValueError(
@@ -86,14 +90,14 @@ class Delta(DeltaContent):
             )
         before: dict[str, Tensor] = {}
         for name in self.selection:
-            memory, places = self._entries(name, parameters[name])
+            memory, places = here._entries(name, parameters[name])
             before[name] = memory[places]
         for name in self.dense:
             before[name] = parameters[name].detach().clone()
         for name, b in buffers.items():
             before[name] = b.clone()
-        self._write(parameters, buffers)
-        self._applied = weakref.ref(model), before
+        here._write(parameters, buffers)
+        self._applied = weakref.ref(model), before, here
         self._warn_of_buffers()
 
     @torch.no_grad()
@@ -106,8 +110,8 @@ class Delta(DeltaContent):
         """
         if self._applied is None or self._applied[0]() is not model:
             raise ValueError("this delta is not applied to this model: apply_ it first")
-        before = self._applied[1]
-        parameters = self._checked(dict(model.named_parameters(remove_duplicate=False)))
+        _, before, here = self._applied
+        parameters = here._checked(_memories(Survey.of(model)))
         # What it was applied with: the delta's own buffers may have been taken out since.
         parameters |= check_places({n: b for n, b in before.items() if n not in parameters}, _buffers_of(model))
         for name, values in before.items():
@@ -119,7 +123,7 @@ class Delta(DeltaContent):
                 )
         for name, values in before.items():
             if name in self.selection:
-                memory, places = self._entries(name, parameters[name])
+                memory, places = here._entries(name, parameters[name])
                 memory[places] = values
             else:
                 parameters[name].detach().copy_(values)
@@ -134,6 +138,27 @@ class Delta(DeltaContent):
         """
         self._write(self._checked(tensors), check_places(self.buffers, tensors))
         self._warn_of_buffers()
+
+    def _here(self, survey: Survey) -> "Delta":
+        """The part of it that belongs to this process's pieces of a sharded model; all of it for any other."""
+        if not survey.sharded:
+            return self
+        self.selection.pick(survey.parameters)  # names and shapes
+        weights, values, dense = dict(self.selection.weights), dict(self.values), dict(self.dense)
+        if attached := next((m.name for m in survey.modules.values() if isinstance(m, SelectedEntries)), None):
+            raise ValueError(f"{attached} is attached: detach its tuner first")
+        for name, shard in survey.sharded.items():
+            if name in weights:
+                part, weights[name] = weights[name].within(shard.piece(weights[name].layout))
+                values[name] = values[name][part]
+            elif name in dense:
+                if dense[name].shape != shard.parameter.shape:
+                    found = list(shard.parameter.shape)
+                    raise ValueError(f"the delta is of another model: {name} has shape {found} here")
+                first, last = shard.bounds[shard.rank]
+                dense[name] = dense[name].narrow(shard.dim, first, last - first)
+        selection = Selection(weights, self.selection.dense, description=dict(self.selection.description))
+        return Delta(selection, values, dense, self.base, self.versions, self.buffers, self.buffers_left_out)
 
     def _warn_of_buffers(self) -> None:
         if self.buffers_left_out:
@@ -209,6 +234,11 @@ class Delta(DeltaContent):
             OSError: it cannot be read.
         """
         return cls(**vars(read_file(path)))
+
+
+def _memories(survey: Survey) -> dict[str, Tensor]:
+    """Parameters by name, of sharded ones the piece that lies here."""
+    return {**survey.parameters, **{name: shard.local for name, shard in survey.sharded.items()}}
 
 
 def _buffers_of(model: nn.Module) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ def save_delta(tuner: Tuner, path: Path_, dtype: torch.dtype | None = None, buff
     A model with batch norms, or others that keep statistics, changes its buffers while it is tuned in training mode. Without
     them the base model does not predict what the tuned one does: a warning says so where they changed and are left out.
 
+    All processes of a sharded model have to call this; the first of them writes the same file as one process would.
+
     Args:
         tuner: from :func:`fps_kernels.attach`, detached or not.
         path: where; what is there is replaced at once, or stays if the writing fails.
@@ -38,7 +40,14 @@ def save_delta(tuner: Tuner, path: Path_, dtype: torch.dtype | None = None, buff
         >>> fps.load_delta("task.safetensors").apply_(base_model)
     """
     delta = delta_of(tuner, buffers)
-    delta.save(path, dtype)
+    if not tuner.is_sharded:
+        delta.save(path, dtype)
+    else:
+        try:
+            if torch.distributed.get_rank() == 0:
+                delta.save(path, dtype)
+        finally:  # whoever reads it next finds it
+            torch.distributed.barrier()
     if delta.buffers_left_out:
         cure = (
             "a base model has no place for them (they are new, or of another shape), or a file has none for their dtype"
@@ -67,8 +76,8 @@ def delta_of(tuner: Tuner, buffers: bool = False) -> Delta:
     """
     if tuner.attached:
         tuner.check_places()
-    values = {name: p.detach().to("cpu", copy=True) for name, p in tuner.compact.items()}
-    dense = {name: p.detach().to("cpu", copy=True) for name, p in tuner.dense.items()}
+    values = {name: v.to("cpu", copy=True) for name, v in tuner.state_dict().items()}
+    dense = {name: p.to("cpu", copy=True) for name, p in tuner.whole(tuner.dense).items()}
     changed = tuner.buffers.changed(tuner.model)
     held, left_out = held_and_left_out(changed, {n for n, b in changed.items() if buffers and tuner.buffers.has(n, b.shape)})
     return Delta(tuner.selection.to("cpu"), values, dense, tuner.base, package_versions(), held, left_out)

@@ -80,6 +80,9 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor], *, kee
     made = {name: _entries(survey, name, multiplied[name], chosen) for name, chosen in selection.weights.items()}
     dense = {name: parameters[name] for name in selection.dense}
     tuner = Tuner(model, made, dense, selection.description, fingerprint(survey), BufferNotes(survey))
+    sharded = divided(made.values())
+    if sharded:
+        tuner.compare_across_processes(sharded[0].shard.group)
     trained = {p for name in tuner.dense for p in (parameters[name], multiplied[name])}
     for p in [*survey.first_names, *(multiplied[name] for name in survey.sharded)]:
         tuner._frozen[p] = p.requires_grad
@@ -91,8 +94,7 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor], *, kee
         host, child = _home(survey, name)
         entries.live_in(host, child)
         shorten(host)
-    if sharded := divided(made.values()):
-        tuner.compare_across_processes(sharded[0].shard.group)
+    if sharded:
         tuner._exchange = GradientExchange(model, sharded)
         tuner._twins = {parameters[name]: multiplied[name] for name in parameters}
     tuner._scope = Scope(model, list(made.values()), keeping)

@@ -19,6 +19,7 @@ from fps_kernels.tuning.compact_values import SelectedEntries
 from fps_kernels.weights.exchange import Division
 from fps_kernels.weights.shards import Shard, gradient_rules
 
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before torch 2.14
 _ALIGNED = 4  # float32 numbers of 16 bytes: each weight's part of an exchange begins at a multiple of them
 
 
@@ -197,7 +198,7 @@ class GradientExchange:
         del every
         mine = torch.empty(self._size, device=sent.device)
         shard = self._shard
-        dist.reduce_scatter_tensor(mine, sent, group=shard.group)
+        _reduce_scatter(mine, sent, group=shard.group)
         self.bytes_sent += sent.numel() * sent.element_size()
         world = len(shard.bounds)
         if shard.replicas is not None:

@@ -133,6 +133,11 @@ class Tuner:
         return self._scope is not None
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each process has a part of the values: ``fully_shard`` has cut the model's weights."""
+        return any(e.is_sharded for e in self._entries.values())
+
+    @property
     def weights(self) -> int:
         """Number of weights of which entries are chosen."""
         return len(self._entries)
@@ -208,18 +213,16 @@ class Tuner:
         Of a model that is not sharded, what is given. All processes of a sharded one have to call this together.
         """
         found = {name: v.detach() for name, v in values.items()}
-        shards = {name: e.division for name, e in self._entries.items() if isinstance(e, ShardedEntries)}
-        parts = {
-            name: local_part(found[name])[: shards[name].lengths()[shards[name].shard.rank]]
-            for name in found
-            if name in shards
-        }
-        found |= dict(zip(parts, gathered([shards[name] for name in parts], list(parts.values())), strict=True))
-        for name in found.keys() & self.dense.keys():
-            if local_part(found[name]) is not found[name]:
-                division = Division.of_all(Shard.of(name, self.model, name, found[name]))
-                (flat,) = gathered([division], [local_part(found[name]).flatten()])
-                found[name] = flat.view(found[name].shape)
+        parts: dict[str, tuple[Division, Tensor]] = {}
+        for name, v in found.items():
+            e = self._entries.get(name)
+            if isinstance(e, ShardedEntries):
+                parts[name] = e.division, local_part(v)[: e.here.nnz]
+            elif local_part(v) is not v:
+                parts[name] = Division.of_all(Shard.of(name, self.model, name, v)), local_part(v).flatten()
+        divisions, own = [division for division, _ in parts.values()], [part for _, part in parts.values()]
+        for name, whole in zip(parts, gathered(divisions, own), strict=True):
+            found[name] = whole if name in self._entries else whole.view(found[name].shape)
         return found
 
     @contextmanager

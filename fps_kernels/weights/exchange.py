@@ -76,20 +76,22 @@ class Division:
 
 
 def gathered(divisions: Sequence[Division], own: Sequence[Tensor]) -> list[Tensor]:
-    """All numbers of several divisions among the same processes, of this process's parts of them, in one exchange.
+    """All numbers of several divisions among the same processes, of this process's parts of them: one exchange a dtype.
 
     Args:
-        divisions: of numbers.
-        own: one-dimensional, of one dtype: what this process has of each.
+        divisions: of numbers, in an order that all processes share.
+        own: one-dimensional: what this process has of each.
 
     Returns:
         One-dimensional tensors on the devices of the parts.
     """
-    if not divisions:
-        return []
-    shard = divisions[0].shard
-    sent = torch.cat([part.detach() for part in own]).to(shard.device)
-    everyone = [part.to(own[0].device) for part in all_gathered(sent, shard.group)]
-    lengths = [division.lengths() for division in divisions]
-    split = [part.split([n[rank] for n in lengths]) for rank, part in enumerate(everyone)]
-    return [division.joined([parts[i] for parts in split]) for i, division in enumerate(divisions)]
+    made: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(part.dtype for part in own):
+        chosen = [i for i, part in enumerate(own) if part.dtype == dtype]
+        shard = divisions[chosen[0]].shard
+        everyone = all_gathered(torch.cat([own[i].detach() for i in chosen]).to(shard.device), shard.group)
+        lengths = [divisions[i].lengths() for i in chosen]
+        split = [part.split([n[rank] for n in lengths]) for rank, part in enumerate(everyone)]
+        for place, i in enumerate(chosen):
+            made[i] = divisions[i].joined([parts[place] for parts in split]).to(own[i].device)
+    return [made[i] for i in range(len(own))]
