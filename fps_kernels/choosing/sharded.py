@@ -3,7 +3,7 @@
 A process scores what it has. Where entries compete beyond that, the threshold is found together: of the processes' own
 ``k / world``-th scores the lowest is not above it and the highest not below, and between these two counts of all processes
 halve the range of bits until one score is left. Entries equal to it go to the first weight, and in it to the first rows, as
-in one process. No scores are kept or sent, but for rows that are cut in the middle: there every process sends its ``k`` best.
+in one process. No scores are kept or sent, but of rows that are cut in the middle: every process sends its ``k`` best there.
 """
 
 from collections.abc import Mapping, Sequence

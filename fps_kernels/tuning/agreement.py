@@ -143,7 +143,7 @@ class Agreement:
     def _look(self) -> list[Seen] | None:
         """What has changed, as far as torch can tell; ``None`` where the call is not of this memory."""
         changed = []
-        if self._sharded and any([e.follow_shard() for e in self._sharded]):
+        if self._sharded and sum(e.follow_shard() for e in self._sharded):
             return None
         for seen, values_address, weight_address in self._places:
             values, weight = seen.numbers, seen.stored

@@ -169,8 +169,8 @@ def _check(survey: Survey, selection: Selection, parameters: Mapping[str, nn.Par
         shard = survey.sharded.get(name)
         if shard is None and survey.sharded:
             raise ValueError(
-                f"{name} is not sharded, while other parameters are: no one would add up its gradients. Let fully_shard have "
-                "it, or exclude it from the selection"
+                f"{name} is not sharded, while other parameters are: no one would add up its gradients. Let fully_shard "
+                "have it, or exclude it from the selection"
             )
         if reason := unfit(p if shard is None else shard.local):
             raise TypeError(f"{name} cannot be tuned: {reason}")

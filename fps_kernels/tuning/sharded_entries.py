@@ -17,7 +17,7 @@ from fps_kernels.selection import WeightSelection
 from fps_kernels.tuning.agreement import Seen
 from fps_kernels.tuning.compact_values import SelectedEntries
 from fps_kernels.weights.exchange import Division
-from fps_kernels.weights.shards import Shard, gradient_rules
+from fps_kernels.weights.shards import Shard, gatherer_of, gradient_rules
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before torch 2.14
 _ALIGNED = 4  # float32 numbers of 16 bytes: each weight's part of an exchange begins at a multiple of them
@@ -35,6 +35,7 @@ class ShardedEntries(SelectedEntries):
     """
 
     is_sharded = True
+    leaf: Tensor
 
     def __init__(
         self,
@@ -136,7 +137,8 @@ class GradientExchange:
 
     def __init__(self, model: nn.Module, entries: Sequence[ShardedEntries]) -> None:
         self._entries = list(entries)
-        self._modules = [*model.modules()]
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self._gatherers = [gatherer_of(e.name, modules) for e in entries]
         self._shard = entries[0].shard
         self._task = -1
         self.bytes_sent = 0
@@ -185,7 +187,7 @@ class GradientExchange:
     @torch.no_grad()
     def _finish(self) -> None:
         self._task = -1
-        rules = gradient_rules(self._modules)
+        rules = gradient_rules(self._gatherers)
         if not rules.reduce:
             return  # leaves go on adding up
         leaves = [e.leaf for e in self._entries]
@@ -204,7 +206,11 @@ class GradientExchange:
         if shard.replicas is not None:
             dist.all_reduce(mine, group=shard.replicas)
             world *= dist.get_world_size(shard.replicas)
-        mine /= world if rules.divisor is None else rules.divisor
+        if set(rules.divisors) == {None}:
+            mine /= world
+        else:
+            for part, divisor in zip(mine.split([e.longest for e in self._entries]), rules.divisors, strict=True):
+                part /= world if divisor is None else divisor
         self._give(mine.to(self._buffer.device))
 
     def _give(self, mine: Tensor) -> None:

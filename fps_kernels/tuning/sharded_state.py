@@ -35,7 +35,7 @@ def chosen_of(parameter: Tensor, here: WeightSelection) -> WeightSelection:
 
 
 def whole_state(state: Mapping[int, dict[str, Any]], parameters: Sequence[Tensor]) -> dict[int, dict[str, Any]]:
-    """An optimizer's state by the numbers of its parameters, with what all processes have of each: they have to ask together."""
+    """An optimizer's state by the numbers of its parameters, with what all processes, which ask together, have of each."""
     made = {i: dict(of) for i, of in state.items()}
     places = [(i, key) for i, of in made.items() for key in _COMPACT if key in of]
     divisions = {i: division_of(parameters[i]) for i in {i for i, _ in places}}
@@ -51,7 +51,6 @@ def own_state(state: Mapping[Any, Any], ids: Sequence[Any], parameters: Sequence
     made = {i: dict(of) for i, of in state.items()}
     for i, p in zip(ids, parameters, strict=True):
         division = division_of(p)
-        for key in _COMPACT if division is not None and i in made else ():
-            if key in made[i]:
-                made[i][key] = division.own(made[i][key])
+        if division is not None and i in made:
+            made[i] |= {key: division.own(made[i][key]) for key in _COMPACT if key in made[i]}
     return made

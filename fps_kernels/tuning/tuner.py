@@ -208,7 +208,7 @@ class Tuner:
         return self.whole(self.compact)
 
     def whole(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors that lie as the compact values or the dense parameters do, by their names: what all processes have of them.
+        """Tensors that lie as compact values or dense parameters do, by their names: what all processes have of them.
 
         Of a model that is not sharded, what is given. All processes of a sharded one have to call this together.
         """

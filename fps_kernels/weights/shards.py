@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fps_kernels.weights.matrix import MatrixLayout
 
-
 _WHOLE = frozenset((Tensor, nn.Parameter))
 
 
@@ -69,8 +68,8 @@ class Shard:
         cut = [i for i, placement in enumerate(placements) if type(placement).__name__ == "Shard"]
         if len(cut) != 1 or any(not p.is_replicate() for i, p in enumerate(placements) if i != cut[0]) or mesh.ndim > 2:
             raise ValueError(
-                f"{name} is placed as {tuple(placements)}: only what fully_shard alone has cut is served, over one dimension "
-                "of a mesh, or two for hybrid sharding"
+                f"{name} is placed as {tuple(placements)}: only what fully_shard alone has cut is served, over one "
+                "dimension of a mesh, or two for hybrid sharding"
             )
         (along,) = cut
         size, dim = mesh.size(along), placements[along].dim
@@ -158,33 +157,46 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 class GradientRules(NamedTuple):
-    """What a sharded model was told of its gradients.
+    """What modules of a sharded model were told of their gradients.
 
     Attributes:
         reduce: whether a backward pass adds them up over processes.
-        divisor: of their sum; ``None`` for the number of processes.
+        divisors: of the sums, for each module; ``None`` for the number of processes.
     """
 
     reduce: bool
-    divisor: float | None
+    divisors: list[float | None]
 
 
 def gradient_rules(modules: Iterable[nn.Module]) -> GradientRules:
     """What ``set_requires_gradient_sync`` and ``set_gradient_divide_factor`` said.
 
+    Args:
+        modules: that ``fully_shard`` was applied to.
+
     Raises:
-        RuntimeError: something that holds for some modules only, or sums of replicas that are held back.
+        RuntimeError: some of them add up gradients now and others do not, or sums of replicas are held back.
     """
-    groups: list[Any] = []
+    divisors, reducing = [], set()
     for module in modules:
-        if is_fully_sharded(type(module)):
-            state: Any = module._get_fsdp_state()  # type: ignore[operator]
-            found = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
-            groups += [group for group in found if group is not None]
-    rules = {GradientRules(group.reduce_grads, group.gradient_divide_factor) for group in groups}
-    if len(rules) != 1 or any(group.all_reduce_grads != group.reduce_grads for group in groups):
+        state: Any = module._get_fsdp_state()  # type: ignore[operator]
+        groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+        group = next(group for group in groups if group is not None)
+        divisors.append(group.gradient_divide_factor)
+        reducing |= {group.reduce_grads, group.all_reduce_grads}
+    if len(reducing) != 1:
         raise RuntimeError(
-            "parts of the sharded model add up their gradients in different ways: call set_requires_gradient_sync and "
-            "set_gradient_divide_factor of the whole model"
+            "parts of the sharded model add up their gradients and others do not: call set_requires_gradient_sync of the "
+            "whole model"
         )
-    return rules.pop()
+    return GradientRules(reducing.pop(), divisors)
+
+
+def gatherer_of(name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """The module that brings in a sharded parameter: the innermost one around it that ``fully_shard`` was applied to."""
+    path = name
+    while path:
+        path = path.rpartition(".")[0]
+        if is_fully_sharded(type(modules[path])):
+            return modules[path]
+    raise ValueError(f"{name} is a DTensor that fully_shard does not gather: apply fully_shard to the whole model")

@@ -2,8 +2,6 @@
 
 import copy
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fps_kernels as fps
 from tests.keeping.test_kept import batch, distance, network
+from tests.support.groups import in_two_processes, leave
 from tests.support.models import Classifier, images
 
 STEPS, BATCH = 3, 8
@@ -95,31 +94,8 @@ def process() -> None:
     leave()
 
 
-def leave() -> None:
-    """Ends the process as it is.
-
-    To end the group first waits, with torch 2.11, for threads of Gloo without letting them call Python, as some must.
-    Threads that outlive the interpreter and still hold Python objects abort the process.
-    """
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def in_two_processes(function: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "FPS_TEST_MEETING": f"file://{tmp_path}/meeting"}
-    command = [sys.executable, "-c", f"from tests.tuning.test_distributed import {function}; {function}()"]
-    root = Path(__file__).parents[2]
-    running = [
-        subprocess.Popen(command, cwd=root, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for child in running:
-        _, errors = child.communicate(timeout=240)
-        assert child.returncode == 0, errors
-
-
 def test_two_processes_equal_one(tmp_path):
-    in_two_processes("process", tmp_path)
+    in_two_processes(process, tmp_path)
 
 
 def processes_that_differ() -> None:
@@ -146,7 +122,7 @@ def processes_that_differ() -> None:
 
 
 def test_processes_that_chose_differently_are_refused(tmp_path):
-    in_two_processes("processes_that_differ", tmp_path)
+    in_two_processes(processes_that_differ, tmp_path)
 
 
 def choosing_together() -> None:
@@ -180,7 +156,7 @@ def choosing_together() -> None:
 
 
 def test_processes_choose_together(tmp_path):
-    in_two_processes("choosing_together", tmp_path)
+    in_two_processes(choosing_together, tmp_path)
 
 
 def test_a_group_without_distributed_is_refused():
@@ -211,34 +187,38 @@ def the_page() -> None:
 
 
 def test_the_page_about_several_processes(tmp_path):
-    in_two_processes("the_page", tmp_path)
+    in_two_processes(the_page, tmp_path)
 
 
 def sharded_before() -> None:
-    """Whatever has cut the weights is named, by each of our functions, and what to do instead."""
+    """Whatever else has cut the weights is named, by each of our functions, and what to do instead."""
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", init_method=os.environ["FPS_TEST_MEETING"], rank=rank, world_size=2)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     whole, x = Classifier(), images()
     selection = fps.select(whole, [x], progress=False)
 
-    def refused(model: torch.nn.Module, message: str) -> None:
-        for function in (
-            lambda: fps.calibrate(model, [x], progress=False),
-            lambda: fps.select(model, [x], progress=False),
+    def refused(model: torch.nn.Module, message: str, attach: bool = True) -> None:
+        functions = [
             lambda: fps.gps_select(model, [(x, torch.zeros(len(x), dtype=torch.int64))], loss="cross_entropy"),
-            lambda: fps.attach(model, selection),
             lambda: fps.masked_parameters(model, selection),
-        ):
+        ]
+        if attach:
+            functions += [
+                lambda: fps.calibrate(model, [x], progress=False),
+                lambda: fps.select(model, [x], progress=False),
+                lambda: fps.attach(model, selection),
+            ]
+        for function in functions:
             with pytest.raises(ValueError, match=message) as found:
                 function()
             assert "use DistributedDataParallel" in str(found.value)
 
     sharded = Classifier()
     fully_shard(sharded, mesh=mesh)
-    refused(sharded, "position is a DTensor, a weight that fully_shard or tensor parallelism has cut")
+    refused(sharded, "position is a DTensor, a weight that fully_shard has cut", attach=False)
     parallel = parallelize_module(Classifier(), mesh, {"hidden": ColwiseParallel()})
-    refused(parallel, "hidden.weight is a DTensor")
+    refused(parallel, "hidden.weight is a DTensor, a weight that tensor parallelism has cut")
     flattened = FullyShardedDataParallel(Classifier(), device_id=torch.device("cpu"))
     refused(flattened, "the model is wrapped in FullyShardedDataParallel")
     partitioned = Classifier()
@@ -249,7 +229,7 @@ def sharded_before() -> None:
 
 
 def test_sharded_models_are_refused(tmp_path):
-    in_two_processes("sharded_before", tmp_path)
+    in_two_processes(sharded_before, tmp_path)
 
 
 def sharded_later() -> None:
@@ -289,7 +269,7 @@ def sharded_later() -> None:
 
 
 def test_sharding_after_attach(tmp_path):
-    in_two_processes("sharded_later", tmp_path)
+    in_two_processes(sharded_later, tmp_path)
 
 
 def test_attach_after_wrapping_is_refused():
