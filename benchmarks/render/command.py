@@ -116,6 +116,8 @@ def page() -> tuple[str, list[plots.Plot]]:
         add("What choices are like", accuracy.analysis(content))
     if content := load("coverage"):
         add("Models", COVERAGE, coverage.by_library(content), coverage.by_model(content))
+    if content := load("distributed"):
+        add("Sharded models", tables.distributed(content))
     if content := load("streaming"):
         add("A model that stays in its files", tables.streaming(content))
     if content := load("scaling"):

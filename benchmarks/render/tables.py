@@ -199,6 +199,23 @@ def streaming(content: Content) -> str:
     return "\n\n".join([markdown(["", "anonymous", "resident", "s"], body), note, source(content)])
 
 
+def distributed(content: Content) -> str:
+    """What processes send and hold."""
+    keys = ("gathered", "reduced", "held", "peak")
+    head = ["model", "processes", "tuned", "sent a step: weights", "sent a step: gradients", "held", "peak"]
+    body = [
+        [row["model"], str(row["ranks"]), row["way"], *(short_bytes(row[key]) if key in row else "" for key in keys)]
+        for row in content["rows"]
+    ]
+    note = (
+        "Per process, float32. Rows with a peak were run and give the formula's bytes, which the other rows are from. "
+        "*Sent* is what a ring sends: frozen weights are gathered as ever, gradients are those of one entry a neuron, the "
+        "classifier and the biases. *Held* is what a process has between steps: pieces of weights, gradients, optimizer "
+        "states, indices."
+    )
+    return "\n\n".join([note, markdown(head, body), source(content)])
+
+
 def keeping(content: Content) -> str:
     """Errors of gradients by what is kept, and in how many bits."""
     columns = {

@@ -57,13 +57,14 @@ class SaveDelta(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by ``Trainer`` after a checkpoint was written."""
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            save_delta(self.tuner, folder / DELTA_FILE, buffers=self.buffers)
+        self._save(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by ``Trainer`` at the end."""
+        self._save(Path(args.output_dir), state)
+
+    def _save(self, folder: Path, state: TrainerState) -> None:
         if state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            save_delta(self.tuner, Path(args.output_dir) / DELTA_FILE, buffers=self.buffers)
+            folder.mkdir(parents=True, exist_ok=True)
+        if state.is_world_process_zero or self.tuner.is_sharded:  # of which every process has a part
+            save_delta(self.tuner, folder / DELTA_FILE, buffers=self.buffers)

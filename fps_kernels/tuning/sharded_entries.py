@@ -19,7 +19,8 @@ from fps_kernels.tuning.compact_values import SelectedEntries
 from fps_kernels.weights.exchange import Division
 from fps_kernels.weights.shards import Shard, gatherer_of, gradient_rules
 
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before torch 2.14
+# Its name before torch 2.14, and since.
+_REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 _ALIGNED = 4  # float32 numbers of 16 bytes: each weight's part of an exchange begins at a multiple of them
 
 
@@ -200,7 +201,7 @@ class GradientExchange:
         del every
         mine = torch.empty(self._size, device=sent.device)
         shard = self._shard
-        _reduce_scatter(mine, sent, group=shard.group)
+        getattr(dist, _REDUCE_SCATTER)(mine, sent, group=shard.group)
         self.bytes_sent += sent.numel() * sent.element_size()
         world = len(shard.bounds)
         if shard.replicas is not None:

@@ -34,6 +34,15 @@ def in_two_processes(function: Callable[[], None], tmp_path: Path) -> None:
     in_processes(function, 2, tmp_path)
 
 
+def under_torchrun(function: Callable[[], None], count: int, tmp_path: Path) -> None:
+    """The same by ``torchrun``, as whoever takes the launcher's environment expects."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "--no-python"]
+    command += [sys.executable, "-c", f"from {function.__module__} import {function.__name__} as run; run()"]
+    environment = {**os.environ, "FPS_TEST_FOLDER": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def join() -> tuple[int, int]:
     """Meet the other processes; returns the rank of this one and their number."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

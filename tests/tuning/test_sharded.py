@@ -4,6 +4,7 @@ for bit."""
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -355,6 +356,27 @@ def saving() -> None:
 
 def test_what_is_saved_is_what_one_process_saves(tmp_path):
     in_two_processes(saving, tmp_path)
+
+
+def the_page() -> None:
+    """What docs/how-to/distributed.md shows of sharded models."""
+    rank, size = join()
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "distributed.md").read_text()
+    scope: dict[str, Any] = {}
+    exec(page.split("```python\n")[2].partition("```")[0], scope)
+    os.chdir(os.environ["FPS_TEST_FOLDER"])
+    loader = [(x[rank::size], y[rank::size]) for x, y in batches()]
+    model, other, base = mixture(), mixture(), mixture()
+    tuner, optimizer = scope["train"](model, loader, 2)
+    scope["go_on"](other, "task.safetensors", optimizer.state_dict())
+    fps.load_delta("task.safetensors").apply_(base)
+    tuner.detach()
+    assert largest_difference(model, other) == largest_difference(model, base) == 0
+    leave()
+
+
+def test_the_page_about_sharded_models(tmp_path):
+    in_two_processes(the_page, tmp_path)
 
 
 def refusals() -> None:
