@@ -17,10 +17,9 @@ using namespace fps;
 constexpr int ABI = 8; // native.py refuses a library left over from another version
 
 #define FPS_TABLE(isa)                                                                                                      \
-    {isa::column_norm,  isa::column_norm_conv2d, isa::score_topk,   isa::score_kth,                                         \
-     isa::score_counts, isa::score_select,       isa::sampled_grad, isa::linear_gradients,                                  \
-     isa::scatter_values, isa::masked_adamw,     isa::agree_values, isa::pack_groups,                                       \
-     isa::unpack_groups}
+    {isa::column_norm,  isa::column_norm_conv2d, isa::score_topk,       isa::score_kth,      isa::score_counts,             \
+     isa::score_select, isa::sampled_grad,       isa::linear_gradients, isa::scatter_values, isa::masked_adamw,             \
+     isa::agree_values, isa::pack_groups,        isa::unpack_groups}
 
 #ifdef FPS_X86
 const Kernels TABLES[] = {FPS_TABLE(base), FPS_TABLE(avx2), FPS_TABLE(avx512)};

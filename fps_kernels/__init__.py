@@ -22,7 +22,8 @@ from fps_kernels.keeping.kept import kept
 from fps_kernels.ops import BackendUnavailableError, backend_for, use_backend
 from fps_kernels.selection import Selection, WeightSelection
 from fps_kernels.tuning.attaching import attach, tuner_of
-from fps_kernels.tuning.masked_adamw import MaskedAdamW, masked_parameters
+from fps_kernels.tuning.groups import masked_parameters
+from fps_kernels.tuning.masked_adamw import MaskedAdamW
 from fps_kernels.tuning.tuner import Tuner
 
 __all__ = [

@@ -1,6 +1,6 @@
 """AdamW on the chosen entries only: compact state, one kernel call a step, every other entry keeps its bits."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
@@ -9,69 +9,17 @@ from torch.optim import Optimizer
 
 from fps_kernels import ops
 from fps_kernels.ops.transfers import sent, uploaded
-from fps_kernels.selection import Selection, WeightSelection
+from fps_kernels.selection import WeightSelection
 from fps_kernels.tuning.agreement import note_written
 from fps_kernels.tuning.compact_values import entries_of
-from fps_kernels.tuning.groups import Options, chosen_parameters, grouped
 from fps_kernels.tuning.optimizer_checks import check_options, check_parameter, check_state, checksums
-from fps_kernels.tuning.places import remember, remembered_places
+from fps_kernels.tuning.places import remembered_places
 from fps_kernels.tuning.sharded_state import chosen_of, own_state, whole_state
 from fps_kernels.tuning.step_hooks import check_optimizer, tuners_of, warn_of_missing
 from fps_kernels.tuning.step_plan import STATE, Coefficients, Member, Plans, StepPlan, coefficients_of, on_a_device
 from fps_kernels.tuning.tuner import Tuner
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated
-from fps_kernels.weights.sharding import check_whole
 from fps_kernels.weights.shards import local_part
-from fps_kernels.weights.survey import Survey
-
-
-def masked_parameters(
-    model: nn.Module,
-    selection: Selection | Mapping[str, Tensor],
-    *,
-    options: Options | None = None,
-) -> list[dict[str, Any]]:
-    """Parameter groups for :class:`MaskedAdamW`: the chosen entries of the selected weights, and the dense parameters.
-
-    The model is not changed: gradients are the usual dense ones, and no hook is installed. To save the memory and time
-    of gradients that are not needed, freeze the other parameters yourself.
-
-    Args:
-        model: the model to tune.
-        selection: a :class:`Selection`, or boolean masks in the shapes of their parameters, by name.
-        options: ``options(name, parameter)`` gives the group options of a parameter, such as
-            ``{"lr": 1e-4, "weight_decay": 0.0}``; parameters with equal options share a group.
-
-    Returns:
-        Param groups with the keys ``params``, ``names``, ``selections`` (one :class:`WeightSelection` or ``None`` per
-        parameter) and the options.
-
-    Raises:
-        ValueError: names or shapes that are not the model's, two names of one parameter, or parameters that do not
-            require gradients.
-        TypeError: masks that are not boolean.
-
-    Example:
-        >>> groups = fps.masked_parameters(model, selection)
-        >>> groups = fps.masked_parameters(model, {"fc.weight": model.fc.weight.abs() > 0.1})
-        >>> optimizer = fps.MaskedAdamW(groups, lr=1e-3)
-    """
-    survey = Survey.of(model)
-    check_whole(survey)
-    selection, parameters = chosen_parameters(survey, selection)
-    remember(model, parameters)
-    for name, p in parameters.items():
-        if not p.requires_grad:
-            raise ValueError(f"{name} is selected but does not require gradients: call .requires_grad_() on it")
-    return [
-        {
-            "params": list(members.values()),
-            "names": list(members),
-            "selections": [selection.weights.get(name) for name in members],
-            **chosen,
-        }
-        for chosen, members in grouped(parameters.items(), options)
-    ]
 
 
 class MaskedAdamW(Optimizer):
