@@ -5,6 +5,7 @@ from typing import Any
 
 import typer
 
+from fps_kernels.runs.processes import speaks
 from fps_kernels.runs.stopping import InterruptedRunError
 
 # typer carries a copy of click or uses the installed one, depending on its version: this class is the one it raises.
@@ -18,7 +19,7 @@ def run(app: typer.Typer) -> int:
         code = app(standalone_mode=False, prog_name="fps-kernels")
         return code if isinstance(code, int) else 0
     except InterruptedRunError as error:
-        return _tell(str(error), error.exit_code, "interrupted")
+        return _tell(str(error), error.exit_code, "interrupted") if speaks() else error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return _tell("", 130, "interrupted")
     except _ClickException as error:

@@ -65,7 +65,7 @@ def tune(
     samples: options.Samples = 1024,
     micro_batch: options.MicroBatch = None,
     epochs: Annotated[int, typer.Option(min=1, help="Times each image is seen.", rich_help_panel=TRAINING)] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a forward pass.", rich_help_panel=TRAINING)] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a forward pass, of all processes.", rich_help_panel=TRAINING)] = 32,
     accumulate: Annotated[int, typer.Option(min=1, help="Forward passes in a step.", rich_help_panel=TRAINING)] = 1,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=TRAINING)] = 1e-3,
     lr_dense: Annotated[
@@ -108,7 +108,8 @@ def tune(
 ) -> None:
     """Tune the chosen entries of a model on images, and write them to a small delta file.
 
-    Killed at any time and started again with the same command, it goes on and ends with the same weights.
+    Killed at any time and started again with the same command, it goes on and ends with the same weights. Under torchrun
+    every batch is split over the processes.
 
     \b
     Example: fps-kernels tune vit_base_patch16_224 --pretrained --data torch/cifar10 \\
@@ -134,39 +135,43 @@ def tune(
     from fps_kernels.runs.job import Job, make_deterministic, tune_model
     from fps_kernels.runs.loop import Habits, Recipe
     from fps_kernels.runs.models import load_model
+    from fps_kernels.runs.processes import joined
 
     choice = options.record(Choice, given, scorer=scorer.value)
     recipe = options.record(Recipe, given, lr_dense=lr if lr_dense is None else lr_dense, augment=augment.value)
-    place = device.resolve()
-    if deterministic:
-        make_deterministic(place)
-    train, test = training_and_test_images(data, train_split, test_split, data_root, download)
-    loaded = load_model(
-        model,
-        checkpoint=checkpoint,
-        pretrained=pretrained,
-        classes=len(train.classes),
-        image_size=image_size,
-        dtype=dtype.dtype,
-        device=place,
-        seed=seed,
-        drop_path=drop_path,
-    )
-    job = Job(
-        name=model,
-        settings={"model": model, "image_size": image_size, "dtype": dtype.value, "drop_path": drop_path},
-        selection=selection,
-        choice=choice,
-        recipe=recipe,
-        habits=options.record(Habits, given),
-        workers=default_workers() if workers is None else workers,
-        folder=folder,
-        output=output,
-        bf16_values=bf16_values,
-        buffers=buffers,
-        tensorboard=tensorboard,
-    )
-    tuned = tune_model(job, loaded, train, test)
+    with joined(device.resolve().type == "cuda") as processes:
+        place = processes.place(device.resolve())
+        if deterministic:
+            make_deterministic(place)
+        train, test = training_and_test_images(data, train_split, test_split, data_root, download)
+        loaded = load_model(
+            model,
+            checkpoint=checkpoint,
+            pretrained=pretrained,
+            classes=len(train.classes),
+            image_size=image_size,
+            dtype=dtype.dtype,
+            device=place,
+            seed=seed,
+            drop_path=drop_path,
+        )
+        job = Job(
+            name=model,
+            settings={"model": model, "image_size": image_size, "dtype": dtype.value, "drop_path": drop_path},
+            selection=selection,
+            choice=choice,
+            recipe=recipe,
+            habits=options.record(Habits, given),
+            workers=default_workers() if workers is None else workers,
+            folder=folder,
+            output=output,
+            bf16_values=bf16_values,
+            buffers=buffers,
+            tensorboard=tensorboard,
+        )
+        tuned = tune_model(job, loaded, train, test, processes)
+    if tuned is None:
+        return
     if json:
         found = asdict(tuned)
         print_json({"file": str(output), "bytes": found.pop("bytes"), "run": str(folder), **found})

@@ -16,6 +16,7 @@ from fps_kernels.choosing.statistics import ActivationStats
 from fps_kernels.memory import measure
 from fps_kernels.runs.images import ImageSet, Reading, as_seen_by, sample, training_images
 from fps_kernels.runs.models import Loaded
+from fps_kernels.runs.processes import Processes
 from fps_kernels.runs.progress import progress_bar
 from fps_kernels.selection import Selection
 
@@ -88,18 +89,22 @@ class Chosen:
     images: int
 
 
-def choose(loaded: Loaded, images: ImageSet, choice: Choice, reading: Reading) -> Chosen:
+def choose(loaded: Loaded, images: ImageSet, choice: Choice, reading: Reading, processes: Processes | None = None) -> Chosen:
     """Choose the entries of a model that are worth tuning on these images.
 
     Raises:
         ValueError: see :func:`fps_kernels.select`; images that cannot be read.
     """
+    processes = Processes() if processes is None else processes
     with progress_bar() as progress:
 
         def batches(source: ImageSet, label: str) -> Iterator[Tensor]:
             count, places = sample(len(source), choice.most, choice.batch_size, choice.seed)
             task = progress.add_task(label, total=count, status="")
-            for inputs, _ in reading.batches(source, as_seen_by(loaded.config), places, choice.seed):
+            if min(choice.most, len(source)) < processes.size:
+                raise ValueError(f"{processes.size} processes look at fewer images: start fewer, or raise --samples")
+            own = [batch for batch in places() if len(batch) > processes.rank]
+            for inputs, _ in reading.batches(source, as_seen_by(loaded.config), lambda: processes.parts(own), choice.seed):
                 yield inputs.to(loaded.device, loaded.dtype)
                 progress.advance(task)
 
@@ -107,7 +112,7 @@ def choose(loaded: Loaded, images: ImageSet, choice: Choice, reading: Reading) -
             return select(
                 loaded.model,
                 batches(images, "choose"),
-                scorer=_scorer(choice, lambda: _anchor(loaded, choice, batches)),
+                scorer=_scorer(choice, lambda: _anchor(loaded, choice, batches, processes)),
                 budget=choice.budget(),
                 include=choice.include,
                 exclude=choice.exclude,
@@ -143,9 +148,14 @@ def _scorer(choice: Choice, anchor: Callable[[], ActivationStats]) -> Scorer:
             return FPS()
 
 
-def _anchor(loaded: Loaded, choice: Choice, batches: Callable[[ImageSet, str], Iterator[Tensor]]) -> ActivationStats:
+def _anchor(
+    loaded: Loaded, choice: Choice, batches: Callable[[ImageSet, str], Iterator[Tensor]], processes: Processes
+) -> ActivationStats:
     assert choice.anchor is not None
     if choice.anchor.is_file():
         return ActivationStats.load(choice.anchor, loaded.device)
     images = training_images(str(choice.anchor), None, None, False)
-    return calibrate(loaded.model, batches(images, "anchor"), micro_batch=choice.micro_batch, progress=False)
+    stats = calibrate(loaded.model, batches(images, "anchor"), micro_batch=choice.micro_batch, progress=False)
+    if processes.size > 1:
+        stats.all_reduce()
+    return stats

@@ -110,16 +110,22 @@ class RunFolder:
                 size = os.fstat(file.fileno()).st_size
         write(self._state, FORMAT, {**content, "metrics_bytes": size}, tensors)
 
-    def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def load(self, cut: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """The saved state, and the metrics cut back to it; ``None`` if nothing was saved.
+
+        Args:
+            cut: of several processes one cuts the metrics.
 
         Raises:
             ValueError: it is damaged, or the metrics were changed.
         """
         if not self._state.is_file():
-            self.metrics.unlink(missing_ok=True)
+            if cut:
+                self.metrics.unlink(missing_ok=True)
             return None
         content, tensors = read(self._state, FORMAT, "state of a run")
+        if not cut:
+            return content, tensors
         size = self.metrics.stat().st_size if self.metrics.is_file() else 0
         if size < content["metrics_bytes"]:
             raise ValueError(f"{self.metrics} is shorter than it was when the run was saved: it was changed")

@@ -210,7 +210,7 @@ class Order:
         first, position = divmod(step, self.steps_per_epoch)
         start = position * self.batch_size * self.accumulate
         for epoch in range(first, self.epochs):
-            order = torch.randperm(self.images, generator=torch.Generator().manual_seed(_mixed(self.seed, epoch)))
+            order = torch.randperm(self.images, generator=torch.Generator().manual_seed(mixed(self.seed, epoch)))
             for indices in order[start:].split(self.batch_size):
                 yield [(epoch, i) for i in indices.tolist()]
             start = 0
@@ -225,11 +225,12 @@ class _Drawn(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = place
         image, target = self.images.read(index, self.mode)
-        with _seeded(_mixed(self.seed, epoch, index)):
+        with _seeded(mixed(self.seed, epoch, index)):
             return self.transform(image), target
 
 
-def _mixed(*numbers: int) -> int:
+def mixed(*numbers: int) -> int:
+    """A seed that depends on all the numbers."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little") >> 1
 
 
@@ -311,6 +312,6 @@ def in_order(count: int, batch_size: int) -> Callable[[], Iterator[list[tuple[in
 
 def sample(count: int, most: int, batch_size: int, seed: int) -> tuple[int, Callable[[], Iterator[list[tuple[int, int]]]]]:
     """The number of batches of ``most`` images drawn without repetition, and what makes them."""
-    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(_mixed(seed, -1)))[:most].sort().values
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(mixed(seed, -1)))[:most].sort().values
     parts = [[(0, i) for i in part.tolist()] for part in drawn.split(batch_size)]
     return len(parts), lambda: iter(parts)

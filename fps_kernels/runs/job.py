@@ -5,6 +5,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fps_kernels.runs.folder import RunFolder, read_metrics
 from fps_kernels.runs.images import ImageSet, Reading
 from fps_kernels.runs.loop import Habits, Recipe, Training
 from fps_kernels.runs.models import Loaded
+from fps_kernels.runs.processes import Processes
 from fps_kernels.runs.progress import note, progress_bar, warn, warnings_in_lines
 from fps_kernels.runs.stopping import StopSignal
 from fps_kernels.selection import Selection
@@ -91,15 +93,19 @@ def make_deterministic(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def tune_model(job: Job, loaded: Loaded, train: ImageSet, test: ImageSet) -> Tuned:
-    """Tune, or go on with the run that is in the folder, and write the delta.
+def tune_model(
+    job: Job, loaded: Loaded, train: ImageSet, test: ImageSet, processes: Processes | None = None
+) -> Tuned | None:
+    """Tune, or go on with the run that is in the folder, and write the delta. Of several processes the first one writes,
+    and the others return ``None``.
 
     Raises:
         ValueError: a folder of another run, or one that another process works in; see :class:`Training`.
         InterruptedRunError: a signal; the run is saved.
         ImportError: TensorBoard was asked for and is missing.
     """
-    writer = _tensorboard_writer() if job.tensorboard is not None else None
+    processes = Processes() if processes is None else processes
+    writer = _tensorboard_writer() if job.tensorboard is not None and processes.first else None
     settings = {**job.settings, "base": fingerprint(loaded.model), "train": train.digest(), "test": test.digest()}
     settings |= asdict(job.recipe)
     if job.selection is None:
@@ -109,9 +115,10 @@ def tune_model(job: Job, loaded: Loaded, train: ImageSet, test: ImageSet) -> Tun
         settings["selection"] = hashlib.sha256(job.selection.read_bytes()).hexdigest()
     reading = Reading(job.workers, loaded.mode, loaded.device.type == "cuda")
     folder = RunFolder(job.folder)
-    with folder.held():
-        folder.check_settings(settings)
-        chosen = _chosen(job, folder, loaded, train, reading)
+    with folder.held() if processes.first else nullcontext():
+        if processes.first:
+            folder.check_settings(settings)
+        chosen = _chosen(job, folder, loaded, train, reading, processes)
         about = {"model": job.name, "image_size": str(loaded.config["input_size"][-1])}
         about["classes"] = json.dumps(train.classes, ensure_ascii=False)
         chosen = replace(chosen, description={**chosen.description, **about})
@@ -131,8 +138,10 @@ def tune_model(job: Job, loaded: Loaded, train: ImageSet, test: ImageSet) -> Tun
                 known = "" if loss is None else f" loss {loss:.3f}"
                 progress.update(task, completed=step, status=f"epoch {epoch}/{job.recipe.epochs}{known}")
 
+            if processes.size > 1:
+                tuner.compare_across_processes(None)
             training = Training(
-                loaded, tuner, train, test, reading, job.recipe, job.habits, folder, on_record=on_record, on_step=on_step
+                loaded, tuner, train, test, reading, job.recipe, job.habits, folder, processes, on_record, on_step
             )
             progress.update(task, total=training.order.steps, completed=training.at.step)
             if training.resumed:
@@ -142,6 +151,8 @@ def tune_model(job: Job, loaded: Loaded, train: ImageSet, test: ImageSet) -> Tun
             board = None if writer is None else writer(str(job.tensorboard), purge_step=purge)
             with StopSignal() as stop:
                 training.run(stop)
+            if not processes.first:
+                return None
             with warnings_in_lines():
                 save_delta(tuner, job.output, torch.bfloat16 if job.bf16_values else None, job.buffers)
             told = tuner.buffers.changed(loaded.model)
@@ -152,21 +163,26 @@ def tune_model(job: Job, loaded: Loaded, train: ImageSet, test: ImageSet) -> Tun
         return _outcome(job, training)
 
 
-def _chosen(job: Job, folder: RunFolder, loaded: Loaded, images: ImageSet, reading: Reading) -> Selection:
+def _chosen(
+    job: Job, folder: RunFolder, loaded: Loaded, images: ImageSet, reading: Reading, processes: Processes
+) -> Selection:
     """The selection of the run: that of the file, the one chosen before, or a new one, kept in the folder."""
-    if folder.selection.is_file():
+    if processes.as_first(folder.selection.is_file()):
         return Selection.load(folder.selection)
     if job.selection is not None:
         found = Selection.load(job.selection)
     else:
-        made = choose(loaded, images, job.choice, reading)
+        made = choose(loaded, images, job.choice, reading, processes)
         found = made.selection.to("cpu")
+        if not processes.first:
+            return found
         folder.note_choosing({"seconds": made.seconds, "peak_memory": made.peak_memory, "images": made.images})
         note(
             f"chosen: {found.nnz:,} entries, {found.density:.3%}, by {found.description['scorer']} from {made.images} "
             f"images in {made.seconds:.1f} s, peak memory {format_bytes(made.peak_memory)}"
         )
-    found.save(folder.selection)
+    if processes.first:
+        found.save(folder.selection)
     return found
 
 

@@ -1,10 +1,12 @@
 """The training loop of ``fps-kernels tune``: it can be stopped anywhere and goes on with the same bits."""
 
 import math
+import signal
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +16,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fps_kernels.memory import measure
 from fps_kernels.runs.folder import RunFolder
-from fps_kernels.runs.images import ImageSet, Order, Reading, as_seen_by, in_order
+from fps_kernels.runs.images import ImageSet, Order, Reading, as_seen_by, in_order, mixed
 from fps_kernels.runs.models import Loaded
+from fps_kernels.runs.processes import Processes
 from fps_kernels.runs.random_state import random_state, restore_random_state, seed_everything
+from fps_kernels.runs.state import restore, save
 from fps_kernels.runs.stopping import InterruptedRunError, StopSignal
 from fps_kernels.tuning.masked_adamw import MaskedAdamW
 from fps_kernels.tuning.tuner import Tuner
@@ -86,9 +90,15 @@ class Training:
         reading: how to read them.
         recipe: how to train.
         habits: how often to save, log and evaluate.
-        folder: of the run, held by this process.
+        folder: of the run, held by the first process.
+        processes: those that take part.
         on_record: is given every record of the metrics.
         on_step: is told of every step, with the last known training loss.
+
+    Attributes:
+        at: where the run is.
+        last_loss: of the last record.
+        resumed: whether it went on from a saved state.
     """
 
     def __init__(
@@ -101,22 +111,24 @@ class Training:
         recipe: Recipe,
         habits: Habits,
         folder: RunFolder,
+        processes: Processes,
         on_record: Callable[[dict[str, Any]], None],
         on_step: Callable[[int, float | None], None],
     ) -> None:
         self.loaded, self.tuner, self.test, self.reading = loaded, tuner, test, reading
-        self.recipe, self.habits, self.folder = recipe, habits, folder
+        self.recipe, self.habits, self.folder, self.processes = recipe, habits, folder, processes
         self.train_images = train
         self.on_record, self.on_step = on_record, on_step
         self.order = Order(len(train), recipe.batch_size, recipe.accumulate, recipe.epochs, recipe.seed)
         groups = tuner.param_groups(lambda name, _: {"lr": recipe.lr_dense if name in tuner.dense else recipe.lr})
         self.optimizer = MaskedAdamW(groups, weight_decay=recipe.weight_decay)
         self._buffers = {name: b.detach().clone() for name, b in loaded.model.named_buffers()}
-        self._last_loss: float | None = None
+        self.last_loss: float | None = None
         self._seconds, self._steps, self._images = 0.0, 0, 0  # since the last record, in this process
-        seed_everything(recipe.seed)
+        seed_everything(recipe.seed if processes.first else mixed(recipe.seed, processes.rank))
         self.at = Progress(loss=torch.zeros((), dtype=torch.float64, device=loaded.device))
-        self.resumed = self._restore()
+        self.resumed = restore(self)
+        processes.barrier()  # nobody writes what others still read
 
     # ------------------------------------------------------------------------------------------------ the run
 
@@ -136,17 +148,19 @@ class Training:
             while True:
                 due = at.step == steps or time.monotonic() - saved >= 60 * self.habits.save_minutes
                 due = due or bool(self.habits.save_steps and at.step and at.step % self.habits.save_steps == 0)
-                if not stop.given and self._evaluation_is_due():
+                stopping, due = self.processes.any_of(stop.given, due)
+                if not stopping and self._evaluation_is_due():
                     self._evaluate()
                     due, saved_step = True, -1
-                if (due or stop.given) and at.step != saved_step:
+                if (due or stopping) and at.step != saved_step:
                     self.save()
                     saved, saved_step = time.monotonic(), at.step
                 if at.step == steps and not self._evaluation_is_due():
                     return
-                if stop.given:
+                if stopping:
                     where = f"at step {at.step:,} of {steps:,}, saved in {self.folder.path}"
-                    raise InterruptedRunError(f"{where}: the same command goes on from there", stop.exit_code)
+                    code = stop.exit_code or 128 + signal.SIGTERM  # others had the signal
+                    raise InterruptedRunError(f"{where}: the same command goes on from there", code)
                 start = time.perf_counter()
                 self._step(batches)
                 scheduler.step()
@@ -156,23 +170,31 @@ class Training:
                     self._record_training(start)
                 else:
                     self._seconds += time.perf_counter() - start
-                self.on_step(at.step, self._last_loss)
+                self.on_step(at.step, self.last_loss)
 
     def _batches(self, step: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         transform = as_seen_by(self.loaded.config, self.recipe.augment, self.recipe.crop_scale)
-        return self.reading.batches(self.train_images, transform, lambda: self.order.batches_from(step), self.recipe.seed)
+        return self.reading.batches(
+            self.train_images,
+            transform,
+            lambda: self.processes.parts(self.order.batches_from(step)),
+            self.recipe.seed,
+        )
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         sizes = self.order.sizes(self.at.step)
         self.loaded.model.train()
         _freeze_running_statistics(self.loaded.model)
-        for _ in sizes:
+        for size in sizes:
             inputs, target = next(batches)
             loss = self._loss(inputs, target)
+            if not (own := self.processes.share(size)):
+                loss = 0 * loss
             (loss / sum(sizes)).backward()
             self.at.loss += loss.detach().double()
-            self.at.images += len(inputs)
-            self._images += len(inputs)
+            self.at.images += own
+            self._images += size
+        self.processes.add_up(self.tuner.parameters())
         if self.recipe.clip_grad is not None:
             torch.nn.utils.clip_grad_norm_(self.tuner.parameters(), self.recipe.clip_grad)
         self.optimizer.step()
@@ -207,7 +229,7 @@ class Training:
         if self.loaded.device.type == "cuda":
             record["peak_memory"] = torch.cuda.max_memory_allocated(self.loaded.device)
         self._note(record)
-        self._last_loss = loss
+        self.last_loss = loss
         at.loss.zero_()
         at.images = 0
         self._seconds, self._steps, self._images = 0.0, 0, 0
@@ -218,7 +240,9 @@ class Training:
         Raises:
             ValueError: it is not finite.
         """
-        loss = float(self.at.loss) / max(1, self.at.images)
+        images = torch.full_like(self.at.loss, self.at.images)
+        summed, count = self.processes.total(torch.stack([self.at.loss, images])).tolist()
+        loss: float = summed / max(1.0, count)
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {self.at.step}: try a lower --lr, or --clip-grad 1")
         return loss
@@ -244,16 +268,25 @@ class Training:
         loss = torch.zeros((), dtype=torch.float64, device=self.loaded.device)
         right = torch.zeros((), dtype=torch.int64, device=self.loaded.device)
         places = in_order(len(self.test), self.recipe.batch_size)
-        for inputs, target in self.reading.batches(self.test, as_seen_by(self.loaded.config), places, self.recipe.seed):
+        own = [self.processes.share(len(batch)) for batch in places()]
+        parts = self.reading.batches(
+            self.test, as_seen_by(self.loaded.config), lambda: self.processes.parts(places()), self.recipe.seed
+        )
+        for count, (inputs, target) in zip(own, parts, strict=True):
+            if not count:
+                continue
             inputs, target = inputs.to(self.loaded.device, self.loaded.dtype), target.to(self.loaded.device)
             with self._precision():
                 logits = self.loaded.model(inputs).float()
             loss += F.cross_entropy(logits, target, reduction="sum").double()
             right += (logits.argmax(1) == target).sum()
-        return float(loss) / len(self.test), int(right) / len(self.test)
+        summed, correct = self.processes.total(torch.stack([loss, right.double()])).tolist()
+        return summed / len(self.test), correct / len(self.test)
 
     def _note_memory(self) -> None:
         """On the CPU: peak of the live tensors in a step on the first images, measured once, apart from the run."""
+        if not self.processes.first:
+            return
         trained = sum(p.numel() for p in self.tuner.parameters())
         record: dict[str, Any] = {
             "type": "start",
@@ -267,7 +300,8 @@ class Training:
         elif self.at.step < self.order.steps:
             transform = as_seen_by(self.loaded.config)
             first = [[(0, i) for i in range(min(self.recipe.batch_size, len(self.train_images)))]]
-            with closing(self.reading.batches(self.train_images, transform, lambda: iter(first), 0)) as batches:
+            places = partial(self.processes.parts, first)
+            with closing(self.reading.batches(self.train_images, transform, places, 0)) as batches:
                 inputs, target = next(batches)
 
             def step() -> None:
@@ -282,15 +316,14 @@ class Training:
         self._note(record)
 
     def _note(self, record: dict[str, Any]) -> None:
-        self.folder.record(record)
-        self.on_record(record)
+        if self.processes.first:
+            self.folder.record(record)
+            self.on_record(record)
 
     def changed_buffers(self) -> list[str]:
         """Names of buffers that are not as they were, also of those in no ``state_dict``: the run depends on them."""
         now = dict(self.loaded.model.named_buffers())
         return [name for name, b in self._buffers.items() if name in now and not torch.equal(now[name], b)]
-
-    # ------------------------------------------------------------------------------------------------ state
 
     def save(self) -> None:
         """Write everything that the rest of the run depends on.
@@ -299,54 +332,7 @@ class Training:
             ValueError: a loss that is not finite. What was saved before is kept.
         """
         self._mean_loss()
-        tensors = {f"compact:{name}": p.detach() for name, p in self.tuner.compact.items()}
-        tensors |= {f"dense:{name}": p.detach() for name, p in self.tuner.dense.items()}
-        buffers = dict(self.loaded.model.named_buffers())
-        tensors |= {f"buffer:{name}": buffers[name].detach() for name in self.changed_buffers()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer:{index}:{key}": value for key, value in state.items()}
-        generators, states = random_state(self.loaded.device)
-        tensors |= {f"random:{name}": t for name, t in states.items()} | {"loss": self.at.loss}
-        content = {
-            "step": self.at.step,
-            "evaluated": self.at.evaluated,
-            "images": self.at.images,
-            "last_loss": self._last_loss,
-            "random": generators,
-        }
-        self.folder.save(content, {name: t.to("cpu", copy=True) for name, t in tensors.items()})
-
-    @torch.no_grad()
-    def _restore(self) -> bool:
-        found = self.folder.load()
-        if found is None:
-            return False
-        content, tensors = found
-        parts: dict[str, dict[str, Tensor]] = {}
-        for name, t in tensors.items():
-            kind, _, rest = name.partition(":")
-            parts.setdefault(kind, {})[rest] = t
-        try:
-            for name, p in self.tuner.dense.items():
-                p.copy_(parts["dense"][name])
-            self.tuner.load_state_dict(parts.get("compact", {}))
-            for name, b in self.loaded.model.named_buffers():
-                if name in parts.get("buffer", {}):
-                    b.copy_(parts["buffer"][name])
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, t in parts.get("optimizer", {}).items():
-                index, _, key = name.partition(":")
-                state.setdefault(int(index), {})[key] = t
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-            for group in self.optimizer.param_groups:
-                group["initial_lr"] = group["lr"]  # what a schedule that does not start at step 0 goes by
-            self.at.step, self.at.evaluated, self.at.images = (content[key] for key in ("step", "evaluated", "images"))
-            self.at.loss.copy_(tensors["loss"])
-            self._last_loss = content["last_loss"]
-            restore_random_state(content["random"], parts["random"], self.loaded.device)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"the state in {self.folder.path} is damaged: {error!r}") from error
-        return True
+        save(self)
 
 
 def _freeze_running_statistics(model: nn.Module) -> None:

@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from fps_kernels.runs.processes import speaks
+
 
 def note(text: str) -> None:
     """One line on standard error, which leaves standard output to results."""
-    print(text, file=sys.stderr, flush=True)
+    if speaks():
+        print(text, file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
@@ -43,4 +46,4 @@ def progress_bar() -> Progress:
         TextColumn("{task.fields[status]}", markup=False),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True)
+    return Progress(*columns, console=console, transient=True, disable=not (console.is_terminal and speaks()), expand=True)

@@ -1,5 +1,6 @@
 """The state of every generator of random numbers that a model may draw from."""
 
+import json
 import random
 from typing import Any
 
@@ -35,3 +36,15 @@ def restore_random_state(content: dict[str, Any], tensors: dict[str, Tensor], de
     torch.set_rng_state(tensors["torch"])
     if device.type == "cuda" and "cuda" in tensors:
         torch.cuda.set_rng_state(tensors["cuda"], device)
+
+
+def packed(content: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
+    """What :func:`random_state` found, as bytes ``[n]``: what processes tell each other."""
+    found = {"content": content, "tensors": {name: t.cpu().tolist() for name, t in tensors.items()}}
+    return torch.frombuffer(bytearray(json.dumps(found).encode()), dtype=torch.uint8)
+
+
+def unpacked(state: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The reverse."""
+    found = json.loads(state.numpy().tobytes())
+    return found["content"], {name: torch.tensor(t, dtype=torch.uint8) for name, t in found["tensors"].items()}
