@@ -17,9 +17,9 @@ using namespace fps;
 constexpr int ABI = 8; // native.py refuses a library left over from another version
 
 #define FPS_TABLE(isa)                                                                                                      \
-    {isa::column_norm,  isa::column_norm_conv2d, isa::score_topk,       isa::score_kth,      isa::score_counts,             \
-     isa::score_select, isa::sampled_grad,       isa::linear_gradients, isa::scatter_values, isa::masked_adamw,             \
-     isa::agree_values, isa::pack_groups,        isa::unpack_groups}
+    {isa::column_norm,  isa::column_norm_conv2d, isa::score_topk,       isa::score_kth,           isa::score_counts,        \
+     isa::score_select, isa::sampled_grad,       isa::linear_gradients, isa::sparse_delta_matmul, isa::scatter_values,      \
+     isa::masked_adamw, isa::agree_values,       isa::pack_groups,      isa::unpack_groups}
 
 #ifdef FPS_X86
 const Kernels TABLES[] = {FPS_TABLE(base), FPS_TABLE(avx2), FPS_TABLE(avx512)};
@@ -100,6 +100,10 @@ FPS_API int fps_sampled_grad(const Images* gy, const Images* x, const Convolutio
 
 // One pointer to everything: the call costs less than a list of arguments.
 FPS_API int fps_linear_gradients(const LinearGradients* of, int threads) { return kernels().linear_gradients(*of, threads); }
+
+FPS_API int fps_sparse_delta_matmul(const Matrix* y, const Matrix* x, const SparseDelta* delta, int threads) {
+    return kernels().sparse_delta_matmul(*y, *x, *delta, threads);
+}
 
 FPS_API int fps_scatter_values(const Entries* entries, const void* values, int64_t values_dtype, int threads) {
     return kernels().scatter_values(*entries, values, values_dtype, threads);

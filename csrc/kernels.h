@@ -66,6 +66,13 @@ struct Entries { // the selected ones of a weight [rows, cols]
     int64_t rows, nnz;
 };
 
+struct SparseDelta {            // [outputs, inputs], zero but for its entries
+    const int32_t* row_offsets; // [outputs + 1]
+    const int32_t* columns;     // [nnz]
+    const float* values;        // [nnz]
+    const int32_t* order;       // [nnz]: where the value of an entry is, or null
+};
+
 struct Update { // one tensor of masked_adamw
     Entries entries;
     void* grad; // [rows, cols] with these strides, or [nnz] contiguous where `grad_compact` is set
@@ -108,6 +115,7 @@ typedef int ScoreCounts(const Matrix* w, int64_t n, const float* thresholds, int
 typedef int ScoreSelect(const Matrix& w, float threshold, int64_t nnz, int32_t* row_offsets, int32_t* columns, int threads);
 typedef int SampledGrad(const Images& gy, const Images& x, const Convolution& conv, const int32_t* row_offsets,
                         const int32_t* columns, float* grad, int threads);
+typedef int SparseDeltaMatmul(const Matrix& y, const Matrix& x, const SparseDelta& delta, int threads);
 typedef int LinearGradientsOf(const LinearGradients& of, int threads);
 typedef int ScatterValues(const Entries& entries, const void* values, int64_t values_dtype, int threads);
 typedef int MaskedAdamW(const Update* updates, int64_t n, const AdamW& how, int threads);
@@ -127,6 +135,7 @@ struct Kernels {
     ScoreSelect* score_select;
     SampledGrad* sampled_grad;
     LinearGradientsOf* linear_gradients;
+    SparseDeltaMatmul* sparse_delta_matmul;
     ScatterValues* scatter_values;
     MaskedAdamW* masked_adamw;
     AgreeValues* agree_values;
@@ -144,6 +153,7 @@ struct Kernels {
     ScoreSelect score_select;                                                                                               \
     SampledGrad sampled_grad;                                                                                               \
     LinearGradientsOf linear_gradients;                                                                                     \
+    SparseDeltaMatmul sparse_delta_matmul;                                                                                  \
     ScatterValues scatter_values;                                                                                           \
     MaskedAdamW masked_adamw;                                                                                               \
     AgreeValues agree_values;                                                                                               \

@@ -92,6 +92,7 @@ def _cases() -> Iterator[Case]:
     yield from _thresholds()
     yield from _gradients()
     yield from _conv_gradients()
+    yield from _deltas()
     yield from _updates()
     yield from _packing()
     yield from _extremes()
@@ -226,6 +227,23 @@ def _gradients() -> Iterator[Case]:
     for C in (768, 50):  # both widths of a tile, 32 entries per output in each look
         gy, x = tensor(256 * 197, 1280, dtype=BF16), tensor(256 * 197, C, dtype=BF16)
         yield case(f"batch 256, bf16, 32 entries in each of 1280 rows, {C} columns", gy, x, 40_960)
+
+
+def _deltas() -> Iterator[Case]:
+    for dtype in (BF16, FP16, FP32):
+        for k in (1, 4):
+            y, x = tensor(64 * 197, 3072, dtype=dtype), tensor(64 * 197, 768, dtype=dtype)
+            arguments = (y, x, *_csr(3072, 3072 * k), tensor(3072 * k), None)
+            name = f"sparse_delta_matmul ViT-B/16 fc1, batch 64, {_short(dtype)}, k={k}"
+            yield Case(name, backend.sparse_delta_matmul_, arguments, 2 * _size(y) + 12608 * 384 * x.element_size(), False)
+        order = tensor(3072, dtype=torch.int32)
+        arguments = (x, y, *_csr(768, 3072), tensor(3072), order)
+        name = f"sparse_delta_matmul ViT-B/16 fc1's input, batch 64, {_short(dtype)}, k=1"
+        yield Case(name, backend.sparse_delta_matmul_, arguments, 2 * _size(x) + _size(y), False)
+    odd = tensor(12609, 2311)[:, ::3], tensor(137, 12609, dtype=BF16).t()
+    yield Case(
+        "sparse_delta_matmul odd strides", backend.sparse_delta_matmul_, (*odd, *_csr(771, 771), tensor(771), None), 0, False
+    )
 
 
 def _conv_gradients() -> Iterator[Case]:

@@ -187,6 +187,14 @@ def _packing(draw: random.Random) -> Call:
     return backend.unpack_groups, (codes, scales, _vector(numbers, x.dtype), bits)
 
 
+def _deltas(draw: random.Random) -> Call:
+    M, (O, C) = draw.choice([1, 16, 100, 3000, FAR]), _two_sizes(draw)
+    offsets, columns = _csr(draw, O, C)
+    values = _vector(columns.numel(), torch.float32)
+    order = draw.choice([None, columns])
+    return backend.sparse_delta_matmul_, (_matrix(draw, M, O), _matrix(draw, M, C), offsets, columns, values, order)
+
+
 CALLS: list[Callable[[random.Random], Call]] = [
     _norms,
     _conv_norms,
@@ -194,6 +202,7 @@ CALLS: list[Callable[[random.Random], Call]] = [
     _scores,
     _gradients,
     _conv_gradients,
+    _deltas,
     _updates,
     _packing,
 ]

@@ -65,7 +65,9 @@ def tune(
     samples: options.Samples = 1024,
     micro_batch: options.MicroBatch = None,
     epochs: Annotated[int, typer.Option(min=1, help="Times each image is seen.", rich_help_panel=TRAINING)] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a forward pass, of all processes.", rich_help_panel=TRAINING)] = 32,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images in a forward pass, of all processes.", rich_help_panel=TRAINING)
+    ] = 32,
     accumulate: Annotated[int, typer.Option(min=1, help="Forward passes in a step.", rich_help_panel=TRAINING)] = 1,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=TRAINING)] = 1e-3,
     lr_dense: Annotated[

@@ -26,6 +26,7 @@ from fps_kernels.ops.records import (
     Recomputed,
 )
 from fps_kernels.ops.scores import score_counts, score_kth, score_select, score_topk
+from fps_kernels.ops.sparse_deltas import sparse_delta_matmul_
 from fps_kernels.ops.updates import agree_values_, masked_adamw_, scatter_values_
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "score_kth",
     "score_select",
     "score_topk",
+    "sparse_delta_matmul_",
     "unpack_groups",
     "use_backend",
 ]

@@ -29,6 +29,7 @@ OPS = (
     "score_select",
     "sampled_grad",
     "sampled_grad_conv2d",
+    "sparse_delta_matmul_",
     "scatter_values_",
     "masked_adamw_",
     "agree_values_",

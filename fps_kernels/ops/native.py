@@ -51,6 +51,7 @@ __all__ = [
     "score_kth",
     "score_select",
     "score_topk",
+    "sparse_delta_matmul_",
     "supported_isas",
     "unavailable_reason",
     "unpack_groups",
@@ -166,6 +167,14 @@ def sampled_grad(gy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor) ->
     """:func:`.reference.sampled_grad`: a 1x1 convolution of one image, one row high, whose channels are the columns."""
     image_gy, image_x = (one.t()[None, :, None] for one in (gy, x))
     return sampled_grad_conv2d(image_gy, image_x, row_offsets, columns, _POINTWISE)
+
+
+def sparse_delta_matmul_(
+    y: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor, order: Tensor | None
+) -> None:
+    """:func:`.reference.sparse_delta_matmul_` in one pass over ``y``."""
+    delta = (row_offsets.data_ptr(), columns.data_ptr(), values.data_ptr(), 0 if order is None else order.data_ptr())
+    check(library().fps_sparse_delta_matmul(table(_matrix(y)), table(_matrix(x)), table(delta), torch.get_num_threads()))
 
 
 def linear_gradients(

@@ -37,6 +37,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fps_score_select": [_P, _P, _N, _P, _P, _INT],
     "fps_sampled_grad": [_P, _P, _P, _P, _P, _P, _INT],
     "fps_linear_gradients": [ctypes.c_char_p, _INT],
+    "fps_sparse_delta_matmul": [_P, _P, _P, _INT],
     "fps_scatter_values": [_P, _P, _N, _INT],
     "fps_masked_adamw": [_P, _N, _P, _INT],
     "fps_agree_values": [_P, _N, _INT],

@@ -164,6 +164,17 @@ def sampled_grad_conv2d(
     return grad.float()
 
 
+def sparse_delta_matmul_(
+    y: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor, order: Tensor | None
+) -> None:
+    """``y += x @ D.T`` of ``y`` ``[M, O]``, ``x`` ``[M, C]`` and the entries of ``D`` ``[O, C]``, with one rounding."""
+    values = values if order is None else values[order.long()]
+    delta = torch.zeros(y.shape[1], x.shape[1], dtype=torch.float64, device=y.device)
+    delta.index_put_((entry_rows(row_offsets), columns.long()), values.double(), accumulate=True)
+    for y_rows, x_rows in zip(y.split(ROWS_PER_CHUNK), x.split(ROWS_PER_CHUNK), strict=True):
+        y_rows.copy_(y_rows.double() + (x_rows.double() @ delta.t()).float().double())
+
+
 def scatter_values_(W: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor) -> None:
     """``W[selection] = values``, rounded to the dtype of ``W``."""
     W.index_put_((entry_rows(row_offsets), columns.long()), values.to(W.dtype))

@@ -63,6 +63,9 @@ CALLS = {
     "sampled_grad_conv2d": lambda: backend.sampled_grad_conv2d(
         there(4, 8, 8, 8), there(4, 3, 8, 8), *csr(8, 30), CONVOLUTION
     ),
+    "sparse_delta_matmul_": lambda: backend.sparse_delta_matmul_(
+        there(300, 64), there(300, 32), *csr(64, 100), there(100), None
+    ),
     "scatter_values_": lambda: backend.scatter_values_(there(64, 32), *csr(64, 40), there(40)),
     "masked_adamw_": lambda: backend.masked_adamw_(adamw(), options(there(3, dtype=torch.float64))),
     "agree_values_": lambda: backend.agree_values_(agreement()),

@@ -12,6 +12,7 @@ from fps_kernels.ops.triton.gradients import linear_gradients, sampled_grad
 from fps_kernels.ops.triton.gradients_conv2d import sampled_grad_conv2d
 from fps_kernels.ops.triton.packing import pack_groups, unpack_groups
 from fps_kernels.ops.triton.prepared import PreparedAdamW, PreparedAgreement
+from fps_kernels.ops.triton.sparse_deltas import sparse_delta_matmul_
 from fps_kernels.ops.triton.threshold import score_kth, score_select
 from fps_kernels.ops.triton.topk import score_topk
 from fps_kernels.ops.triton.updates import masked_adamw_, scatter_values_
@@ -34,5 +35,6 @@ __all__ = [
     "score_kth",
     "score_select",
     "score_topk",
+    "sparse_delta_matmul_",
     "unpack_groups",
 ]

@@ -6,7 +6,7 @@ from fps_kernels.ops import reference
 from fps_kernels.ops import triton as backend
 from fps_kernels.ops.records import Agreement
 from fps_kernels.ops.triton.gradients import sampled_grad_with_bias
-from kernel_lab.ptx.cases import gradients, norms, packing, scores, updates
+from kernel_lab.ptx.cases import deltas, gradients, norms, packing, scores, updates
 from kernel_lab.ptx.cases.case import SHORT, Case, Op, call, tensors_of
 
 OPS = {
@@ -21,6 +21,7 @@ OPS = {
         "sampled_grad",
         "sampled_grad_conv2d",
         "masked_adamw_",
+        "sparse_delta_matmul_",
         "scatter_values_",
         "unpack_groups",
     )
@@ -40,7 +41,7 @@ OPS |= {
 
 def cases() -> Iterator[Case]:
     """All of them."""
-    for family in (norms, scores, gradients, updates, packing):
+    for family in (norms, scores, gradients, deltas, updates, packing):
         yield from family.cases()
 
 
