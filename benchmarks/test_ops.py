@@ -125,6 +125,22 @@ def kth() -> Case:
     )
 
 
+def counts() -> Case:
+    weights, factors = weights_and_factors()
+    thresholds = torch.rand(len(weights))
+
+    def plain() -> Tensor:
+        return torch.stack([(s > t).sum() for s, t in zip(contestants.scores(weights, factors), thresholds, strict=True)])
+
+    return Case(
+        "a block of ViT-S",
+        lambda: ops.score_counts(weights, factors, thresholds),
+        plain,
+        lambda found, expected: equal(found[0], expected),
+        sum(W.nbytes for W in weights),
+    )
+
+
 def select() -> Case:
     weights, factors = weights_and_factors()
     scores = contestants.scores(weights, factors)
@@ -161,6 +177,20 @@ def gradient(k: int = 4) -> Case:
         lambda found, dense: same_sums(found, dense[entry_rows(row_offsets), columns.long()]),
         gy.nbytes + x.nbytes + 8 * columns.numel(),
     )
+
+
+def sparse_delta(k: int = 4) -> Case:
+    x, y = torch.randn(TOKENS, WIDTH), torch.zeros(TOKENS, 4 * WIDTH)
+    row_offsets, columns = entries(k, 4 * WIDTH, WIDTH)
+    values = torch.randn(columns.numel())
+    delta = torch.zeros(4 * WIDTH, WIDTH)
+    delta[entry_rows(row_offsets), columns.long()] = values
+
+    def op() -> Tensor:
+        ops.sparse_delta_matmul_(y.zero_(), x, row_offsets, columns, values)
+        return y
+
+    return Case(f"fc1 of ViT-S, {TOKENS} tokens, k={k}", op, lambda: x @ delta.t(), same_sums, 2 * y.nbytes + x.nbytes)
 
 
 def gradient_of_convolution(k: int = 4) -> Case:
@@ -284,9 +314,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "column_norm_conv2d_-3x3": lambda: convolution((2, 64, 56, 56), 3, 1, 1),
     "score_topk": topk,
     "score_kth": kth,
+    "score_counts": counts,
     "score_select": select,
     "sampled_grad": gradient,
     "sampled_grad_conv2d": gradient_of_convolution,
+    "sparse_delta_matmul_": sparse_delta,
     "scatter_values_": scatter,
     "masked_adamw_": adamw,
     "agree_values_": agreement,

@@ -16,6 +16,7 @@ from fps_kernels.choosing.scorers import FPS, GrowthDriven, Magnitude, Random, W
 from fps_kernels.choosing.select import select
 from fps_kernels.choosing.statistics import ActivationStats
 from fps_kernels.deltas.delta import Delta
+from fps_kernels.deltas.dense import merge_into_dense
 from fps_kernels.deltas.making import diff, load_delta, save_delta
 from fps_kernels.deltas.merging import merge
 from fps_kernels.keeping.kept import kept
@@ -55,6 +56,7 @@ __all__ = [
     "masked_parameters",
     "memory",
     "merge",
+    "merge_into_dense",
     "save_delta",
     "score_topk",
     "select",

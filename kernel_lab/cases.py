@@ -236,10 +236,9 @@ def _deltas() -> Iterator[Case]:
             arguments = (y, x, *_csr(3072, 3072 * k), tensor(3072 * k), None)
             name = f"sparse_delta_matmul ViT-B/16 fc1, batch 64, {_short(dtype)}, k={k}"
             yield Case(name, backend.sparse_delta_matmul_, arguments, 2 * _size(y) + 12608 * 384 * x.element_size(), False)
-        order = tensor(3072, dtype=torch.int32)
-        arguments = (x, y, *_csr(768, 3072), tensor(3072), order)
+        turned = (x, y, *_csr(768, 3072), tensor(3072), tensor(3072, dtype=torch.int32))
         name = f"sparse_delta_matmul ViT-B/16 fc1's input, batch 64, {_short(dtype)}, k=1"
-        yield Case(name, backend.sparse_delta_matmul_, arguments, 2 * _size(x) + _size(y), False)
+        yield Case(name, backend.sparse_delta_matmul_, turned, 2 * _size(x) + _size(y), False)
     odd = tensor(12609, 2311)[:, ::3], tensor(137, 12609, dtype=BF16).t()
     yield Case(
         "sparse_delta_matmul odd strides", backend.sparse_delta_matmul_, (*odd, *_csr(771, 771), tensor(771), None), 0, False

@@ -26,6 +26,10 @@ KERNELS = {
         "a copy of as many bytes",
     ),
     ("unpack_groups [65536, 4096] float32, 8 bits", "copy of 688 MB"): ("and back", "a copy of as many bytes"),
+    ("layer with entries beside it, ViT-B fc1, batch 16, k=4", "PEFT LoRA r=8"): (
+        "a frozen layer with 4 entries a neuron beside it, forward and backward",
+        "PEFT's LoRA r=8",
+    ),
     ("masked_adamw_ k=8 per row", "torch.optim.AdamW(fused=True)"): (
         "AdamW step, 8 entries a row of ViT-B",
         "`torch.optim.AdamW(fused=True)`",

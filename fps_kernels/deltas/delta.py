@@ -34,6 +34,7 @@ class Delta(DeltaContent):
             ``delta.buffers.clear()`` takes them out.
         buffers_left_out: names of buffers that changed and that it does not hold: the base with this delta is not the tuned
             model, and whatever applies it warns.
+        added: values are added to those of the base, beside weights that were never written (``attach(..., beside=True)``).
     """
 
     def __post_init__(self) -> None:
@@ -55,7 +56,19 @@ class Delta(DeltaContent):
         more = f", {len(self.buffers)} buffers" if self.buffers else ""
         more += f", {len(self.buffers_left_out)} changed buffers left out" if self.buffers_left_out else ""
         entries = f"{self.selection.nnz:,} entries of {len(self.values)} weights"
-        return f"Delta({entries}, {whole:,} in {len(self.dense)} whole{more})"
+        return f"Delta({entries}{', added to base' * self.added}, {whole:,} in {len(self.dense)} whole{more})"
+
+    def check_written(self) -> None:
+        """Refuse a delta whose values are no weights.
+
+        Raises:
+            ValueError: its values are added to those of the base.
+        """
+        if self.added:
+            raise ValueError(
+                "the delta's values are added beside a base that is never written: attach(model, delta.selection, "
+                "beside=True) and tuner.load_state_dict(delta.values), or fps.merge_into_dense(model, delta)"
+            )
 
     # ------------------------------------------------------------------------------------------------ on a model
 
@@ -78,6 +91,7 @@ class Delta(DeltaContent):
         """
         if self._applied is not None and self._applied[0]() is not None:
             raise ValueError("this delta is applied already: revert it first, or load it a second time")
+        self.check_written()
         survey = Survey.of(model)
         here = self._here(survey)
         parameters = here._checked(_memories(survey))
@@ -136,6 +150,7 @@ class Delta(DeltaContent):
         Raises:
             ValueError: tensors that are missing or of another shape or dtype. Nothing is written then.
         """
+        self.check_written()
         self._write(self._checked(tensors), check_places(self.buffers, tensors))
         self._warn_of_buffers()
 

@@ -53,6 +53,7 @@ class DeltaContent:
     versions: dict[str, str] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     buffers_left_out: tuple[str, ...] = ()
+    added: bool = False
 
 
 def write_file(path: Path_, delta: DeltaContent, dtype: torch.dtype | None) -> None:
@@ -94,6 +95,8 @@ def write_file(path: Path_, delta: DeltaContent, dtype: torch.dtype | None) -> N
             name: {"shape": list(b.shape), "dtype": str(b.dtype).removeprefix("torch.")} for name, b in delta.buffers.items()
         }
         tensors |= _joined(delta.buffers)
+    if delta.added:
+        content["added"] = True
     if delta.buffers_left_out:
         content["buffers_left_out"] = list(delta.buffers_left_out)
     write(path, WITH_BUFFERS if delta.buffers else FORMAT, content, tensors)
@@ -116,7 +119,7 @@ def read_file(path: Path_) -> DeltaContent:
         for names in (delta.selection.weights, delta.dense, left_out):
             if both := sorted(buffers.keys() & set(names)):
                 raise ValueError(f"it has {both[0]} twice, as a buffer and as something else")
-        delta.buffers, delta.buffers_left_out = buffers, left_out
+        delta.buffers, delta.buffers_left_out, delta.added = buffers, left_out, content.get("added", False) is True
         return delta
 
 

@@ -11,6 +11,7 @@ from fps_kernels.deltas.buffers import changed_between, check_alike, held_and_le
 from fps_kernels.deltas.delta import Delta
 from fps_kernels.selection import Selection, WeightSelection
 from fps_kernels.storage.checked_file import Path_
+from fps_kernels.tuning.beside import BesideTuner
 from fps_kernels.tuning.compact_values import settle
 from fps_kernels.tuning.tuner import Tuner
 from fps_kernels.weights.fingerprint import fingerprint, own_parameters
@@ -80,7 +81,8 @@ def delta_of(tuner: Tuner, buffers: bool = False) -> Delta:
     dense = {name: p.to("cpu", copy=True) for name, p in tuner.whole(tuner.dense).items()}
     changed = tuner.buffers.changed(tuner.model)
     held, left_out = held_and_left_out(changed, {n for n, b in changed.items() if buffers and tuner.buffers.has(n, b.shape)})
-    return Delta(tuner.selection.to("cpu"), values, dense, tuner.base, package_versions(), held, left_out)
+    added = isinstance(tuner, BesideTuner)
+    return Delta(tuner.selection.to("cpu"), values, dense, tuner.base, package_versions(), held, left_out, added)
 
 
 @torch.no_grad()

@@ -53,6 +53,8 @@ def merge(
         raise ValueError("there is no delta to merge")
     if len({delta.base for delta in deltas}) > 1:
         raise ValueError("the deltas are of different base models: their fingerprints differ")
+    for delta in deltas:
+        delta.check_written()
     names = dict.fromkeys(name for delta in deltas for name in (*delta.values, *delta.dense))
     weights, values, dense, conflicts = {}, {}, {}, []
     for name in names:

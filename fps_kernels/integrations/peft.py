@@ -184,6 +184,7 @@ def _sparse_and_whole(
     """What is added to the chosen entries of each weight, float32 ``[nnz]``, and the parameters that are stored whole."""
     selection = source.selection if isinstance(source, Delta) else source
     if isinstance(source, Delta):
+        source.check_written()
         if source.buffers:
             raise ValueError(
                 f"the delta holds buffers that training changed ({first_of(source.buffers)}), and PEFT's adapters have no "

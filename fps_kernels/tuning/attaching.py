@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from fps_kernels.keeping.kept import Keeping
 from fps_kernels.selection import Selection, WeightSelection
 from fps_kernels.tuning.agreement import Scope, scope_of
+from fps_kernels.tuning.beside import attach_beside
 from fps_kernels.tuning.compact_values import SelectedEntries
 from fps_kernels.tuning.groups import chosen_parameters
 from fps_kernels.tuning.sharded_entries import GradientExchange, ShardedEntries, divided
@@ -25,7 +26,13 @@ from fps_kernels.weights.sharding import check_sharding
 from fps_kernels.weights.survey import Survey
 
 
-def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor], *, keep_bits: int | None = None) -> Tuner:
+def attach(
+    model: nn.Module,
+    selection: Selection | Mapping[str, Tensor],
+    *,
+    keep_bits: int | None = None,
+    beside: bool = False,
+) -> Tuner:
     """Make the chosen entries, and the parameters that a selection trains whole, the only trainable ones.
 
     The weights stay where they are and keep their names, and the model's own code does not change. Behind each
@@ -41,6 +48,9 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor], *, kee
         selection: a :class:`Selection` of this model, or boolean masks in the shapes of their parameters, by name.
         keep_bits: 8 keeps in so many bits what every forward pass of the model keeps for its backward pass, as
             :func:`fps_kernels.kept` does; ``None`` as torch does.
+        beside: weights that nobody can write to, as quantised ones: the chosen entries are added beside each layer, and
+            begin as zeros. The selection names ``<layer>.weight`` and is of the weights as they were before; the tuned
+            model is this one with the tuner, or what :func:`fps_kernels.merge_into_dense` makes of both.
 
     Returns:
         :class:`Tuner`.
@@ -69,6 +79,10 @@ def attach(model: nn.Module, selection: Selection | Mapping[str, Tensor], *, kee
         raise ValueError(
             "attach() cannot run under torch.inference_mode(): its values could never be trained; leave it first"
         )
+    if beside:
+        if keep_bits is not None:
+            raise ValueError("keep_bits does not go with beside: run the loop inside of fps.kept()")
+        return attach_beside(model, selection)
     keeping = None if keep_bits is None else _keeping(keep_bits)
     survey = Survey.of(model)
     check_sharding(survey)

@@ -12,10 +12,10 @@ from fps_kernels import ops
 from fps_kernels.ops.transfers import note_on_host, sent
 from fps_kernels.selection import WeightSelection
 from fps_kernels.tuning.agreement import Agreement, Seen
+from fps_kernels.tuning.saved_input import NEARLY_ALL
 from fps_kernels.weights.matrix import MatrixLayout, is_simulated
 
 LIVING: "weakref.WeakSet[SelectedEntries]" = weakref.WeakSet()  # in this process, attached or not
-NEARLY_ALL = 7 / 8  # of the columns: the whole input is kept as it is then, which costs less than to copy most of it
 
 
 class SelectedEntries(nn.Module):

@@ -15,6 +15,7 @@ from fps_kernels.keeping.kept import Pack, Unpack
 from fps_kernels.keeping.packed import looking
 from fps_kernels.weights.matrix import is_simulated
 
+NEARLY_ALL = 7 / 8  # of the columns: the whole input is kept as it is then, which costs less than to copy most of it
 SMALL = 1 << 10  # numbers of an input that is kept as it is: to make it smaller would cost more than it saves
 
 # How an operation's node calls the output that it keeps, and operations that only look at their input another way.

@@ -179,4 +179,4 @@ _MULTIPLYING = _enumerated([kind.NAME for kind in KINDS if kind.SCORED])
 
 def is_compact(parameter: Tensor) -> bool:
     """Whether a parameter holds the chosen values of an attached weight: it is no parameter of the model itself then."""
-    return hasattr(parameter, "selected_entries")
+    return hasattr(parameter, "selected_entries") or hasattr(parameter, "added_entries")

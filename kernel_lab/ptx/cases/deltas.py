@@ -45,10 +45,10 @@ def _build(rows: int, O: int, C: int, entries: int, dtype: torch.dtype, layout: 
 
 
 def _least(arguments: Arguments) -> int:
-    y, x, offsets, columns, values, _ = arguments
+    y, _, offsets, columns, values, _ = arguments
     written = int((offsets.diff() > 0).sum())
     read = int(columns.unique().numel())
-    return y.shape[0] * y.element_size() * (2 * written + read) + size(offsets, columns, values)
+    return int(y.shape[0] * y.element_size() * (2 * written + read)) + size(offsets, columns, values)
 
 
 def _elements(arguments: Arguments) -> int:
