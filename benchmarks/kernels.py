@@ -234,21 +234,6 @@ def sampled_gradients(report: Report) -> None:
             )
 
 
-def beside_layers(report: Report) -> None:
-    """A frozen layer of ViT-B with chosen entries added beside it, forward and backward, against PEFT's LoRA there."""
-    for label, M, C, O in (("fc1", 3152, 768, 3072), ("fc2", 3152, 3072, 768)):
-        x = torch.randn(M, C)
-        for k in (1, 4):
-            ours, theirs = contestants.beside_and_lora(C, O, k, rank=8)
-            report.add(
-                f"layer with entries beside it, ViT-B {label}, batch 16, k={k}",
-                partial(contestants.there_and_back, ours, x),
-                {"PEFT LoRA r=8": partial(contestants.there_and_back, theirs, x)},
-                4 * (2 * x.numel() + 3 * M * O),
-                at_most={"PEFT LoRA r=8": 1.0},
-            )
-
-
 def packed_groups(report: Report) -> None:
     """Activations in 8 bits, more than any cache holds, beside a copy that reads and writes as many bytes together."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -295,7 +280,6 @@ def main() -> None:
         ),
         "adamw": lambda: adamw(report, weights, factors),
         "sampled_grad": lambda: sampled_gradients(report),
-        "beside": lambda: beside_layers(report),
         "packed": lambda: packed_groups(report),
     }
     for name, measure in groups.items():

@@ -118,6 +118,8 @@ def page() -> tuple[str, list[plots.Plot]]:
         add("Models", COVERAGE, coverage.by_library(content), coverage.by_model(content))
     if content := load("distributed"):
         add("Sharded models", tables.distributed(content))
+    if content := load("beside"):
+        add("Entries beside a frozen layer", tables.beside(content))
     if content := load("streaming"):
         add("A model that stays in its files", tables.streaming(content))
     if content := load("scaling"):

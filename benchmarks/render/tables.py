@@ -26,10 +26,6 @@ KERNELS = {
         "a copy of as many bytes",
     ),
     ("unpack_groups [65536, 4096] float32, 8 bits", "copy of 688 MB"): ("and back", "a copy of as many bytes"),
-    ("layer with entries beside it, ViT-B fc1, batch 16, k=4", "PEFT LoRA r=8"): (
-        "a frozen layer with 4 entries a neuron beside it, forward and backward",
-        "PEFT's LoRA r=8",
-    ),
     ("masked_adamw_ k=8 per row", "torch.optim.AdamW(fused=True)"): (
         "AdamW step, 8 entries a row of ViT-B",
         "`torch.optim.AdamW(fused=True)`",
@@ -216,6 +212,25 @@ def distributed(content: Content) -> str:
         "*Sent* is what a ring sends: frozen weights are gathered as ever, gradients are those of one entry a neuron, the "
         "classifier and the biases. *Held* is what a process has between steps: pieces of weights, gradients, optimizer "
         "states, indices."
+    )
+    return "\n\n".join([note, markdown(head, body), source(content)])
+
+
+def beside(content: Content) -> str:
+    """A layer with entries beside it, and LoRA there."""
+    head = ["layer of ViT-B", "k", "over the frozen layer", "LoRA over it", "over LoRA", "bytes over LoRA's"]
+    body = [
+        [
+            f"{row['layer']} [{row['outputs']}, {row['inputs']}]",
+            str(row["k"]),
+            *(f"{row[key]:.2f}×" for key in ("over_frozen", "lora_over_frozen", "over_lora")),
+            f"{row['bytes'] / row['lora_bytes']:.2f}×",
+        ]
+        for row in content["rows"]
+    ]
+    note = (
+        f"Forward and backward of {content['tokens']} tokens, float32, {content['rank']} ranks; medians of ratios in one "
+        "round. Bytes of what is trained, gradients, moments and indices."
     )
     return "\n\n".join([note, markdown(head, body), source(content)])
 

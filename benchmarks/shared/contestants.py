@@ -4,11 +4,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-import fps_kernels as fps
 from fps_kernels import ops
-from fps_kernels.weights.matrix import MatrixLayout
 
 Csr = tuple[Tensor, Tensor]
 # A cache line each to read the gradient, to read the weight and to write it; the rest is the column and both moments.
@@ -62,31 +60,3 @@ def masked_step(
     lrs, decays = torch.full((n,), lr, dtype=torch.float64), [weight_decay] * n
     fixed = (0.9, 0.999, 1e-8, False, None, None, False)
     return lambda: ops.masked_adamw_(weights, grads, offsets, columns, masters, *state, steps, lrs, decays, *fixed)
-
-
-def beside_and_lora(inputs: int, outputs: int, k: int, rank: int) -> tuple[nn.Module, nn.Module]:
-    """A frozen linear layer with ``k`` entries a neuron beside it, in a fifth of the columns, and one with PEFT's LoRA."""
-    from peft import LoraConfig, get_peft_model
-
-    made = []
-    for _ in range(2):
-        model = nn.Module()
-        model.layer = nn.Linear(inputs, outputs)
-        model.forward = model.layer.forward
-        made.append(model)
-    ours, theirs = made
-    used = torch.randperm(inputs)[: inputs // 5]
-    columns = torch.stack([used[torch.randperm(len(used))[:k]].sort().values for _ in range(outputs)]).flatten().int()
-    offsets = torch.arange(outputs + 1, dtype=torch.int32) * k
-    entries = fps.WeightSelection(MatrixLayout((outputs, inputs)), offsets, columns)
-    fps.attach(ours, fps.Selection({"layer.weight": entries}, ()), beside=True)
-    lora = get_peft_model(theirs, LoraConfig(r=rank, target_modules=["layer"], lora_dropout=0.0))
-    return ours.layer, lora.base_model.model.layer
-
-
-def there_and_back(layer: nn.Module, x: Tensor) -> None:
-    """A forward and a backward pass with a gradient for the input, as inside of a network."""
-    y = layer(x.detach().requires_grad_())
-    y.backward(torch.ones_like(y))
-    for p in layer.parameters():
-        p.grad = None
