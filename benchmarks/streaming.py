@@ -1,12 +1,14 @@
-"""Choosing from a model that stays in its files: ``python -m benchmarks.streaming [--blocks N] [--folder DIR]``.
+"""Choosing from and tuning a model that stays in its files: ``python -m benchmarks.streaming [--blocks N] [--folder DIR]``.
 
-A model of about 2 GB is written to safetensors files block by block; then one process chooses from it there, and another one
-loads it first. Peaks are of the process's memory as Linux counts it, above what it had when everything was imported:
-*anonymous* is what the process itself holds, *resident* also has what the system keeps of files that were mapped, and can
-drop. Times are of the choice, loading included.
+A model of about 2 GB is written to safetensors files block by block; then one process chooses from it there, another one
+also takes two steps (blocks checkpointed, entries added beside the layers), and others do so with the model in memory.
+Peaks are of the process's memory as Linux counts it, above what it had when everything was imported: *anonymous* is what the
+process itself holds, *resident* also has what the system keeps of files that were mapped, and can drop. Times are of all
+that, loading included.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -18,11 +20,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.shared.measuring import save, table
 
 WIDTH, HIDDEN = 2048, 8192
 WAYS = ("streamed", "in memory")
+TASKS = ("choose", "choose and tune")
+STEPS = 2
 
 
 class Block(nn.Module):
@@ -90,7 +95,24 @@ class Watch:
         return self.peak[key] - self.start[key]
 
 
-def measure(way: str, folder: Path, blocks: int) -> dict[str, Any]:
+def tune(model: nn.Sequential, x: torch.Tensor, tuner: Any) -> float:
+    """Steps towards numbers at random, blocks checkpointed; returns the last loss."""
+    import fps_kernels as fps
+
+    optimizer = fps.MaskedAdamW(tuner, lr=1e-3)
+    goal = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    for _ in range(STEPS):
+        y = x
+        for block in model:
+            y = checkpoint(block, y, use_reentrant=False)
+        loss = (y - goal).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+def measure(way: str, task: str, folder: Path, blocks: int) -> dict[str, Any]:
     """One way, in this process."""
     from accelerate import init_empty_weights
     from safetensors.torch import load_file
@@ -101,12 +123,16 @@ def measure(way: str, folder: Path, blocks: int) -> dict[str, Any]:
     x = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(1))
     warm = nn.Linear(8, 8)
     fps.select(warm, [torch.randn(2, 8)], progress=False)  # what is imported and made once
+    loss = 0.0
     with Watch() as watch:
         begin = time.perf_counter()
         if way == "streamed":
             with init_empty_weights():
                 model = build(blocks)
             selection = fps.select(model, [x], dense=[], checkpoint=folder, progress=False)
+            if task == TASKS[1]:
+                with fps.streamed(model, folder):
+                    loss = tune(model, x, fps.attach(model, selection, beside=True))
         else:
             with torch.device("meta"):
                 model = build(blocks)
@@ -115,13 +141,17 @@ def measure(way: str, folder: Path, blocks: int) -> dict[str, Any]:
                 state |= load_file(folder / f"block{i}.safetensors")
             model.load_state_dict(state, assign=True)
             selection = fps.select(model, [x], dense=[], progress=False)
+            if task == TASKS[1]:
+                loss = tune(model, x, fps.attach(model, selection, beside=True))
         seconds = time.perf_counter() - begin
     return {
         "way": way,
+        "task": task,
         "anonymous": watch.above("RssAnon"),
         "resident": watch.above("VmRSS"),
         "seconds": seconds,
         "chosen": selection.nnz,
+        "loss": loss,
         "checksum": sum(int(w.flat().sum()) for w in selection.values()),
     }
 
@@ -132,26 +162,35 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=14, help="of 134 MB each")
     parser.add_argument("--folder", type=Path, help="for the files; a temporary one without it")
     parser.add_argument("--way", choices=WAYS, help="measure this one here, from files that are there, and print JSON")
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="with --way")
     options = parser.parse_args()
     if options.way:
-        print(json.dumps(measure(options.way, options.folder, options.blocks)))
+        print(json.dumps(measure(options.way, options.task, options.folder, options.blocks)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         weights = write(Path(name), options.blocks)
         rows = []
-        for way in WAYS:
-            command = [sys.executable, "-m", "benchmarks.streaming", "--way", way, "--folder", name]
+        for task, way in itertools.product(TASKS, WAYS):
+            command = [sys.executable, "-m", "benchmarks.streaming", "--way", way, "--task", task, "--folder", name]
             command += ["--blocks", str(options.blocks)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
     if len({row["checksum"] for row in rows}) > 1:
         raise RuntimeError("the two ways chose different entries")
+    if len({row["loss"] for row in rows}) > len(TASKS):
+        raise RuntimeError("the two ways came to different losses")
     body = [
-        [row["way"], f"{row['anonymous'] / 1e6:.0f} MB", f"{row['resident'] / 1e6:.0f} MB", f"{row['seconds']:.1f}"]
+        [
+            row["task"],
+            row["way"],
+            f"{row['anonymous'] / 1e6:.0f} MB",
+            f"{row['resident'] / 1e6:.0f} MB",
+            f"{row['seconds']:.1f}",
+        ]
         for row in rows
     ]
     print(f"{weights / 1e9:.2f} GB of weights in {options.blocks} files")
-    print(table(["", "anonymous", "resident", "s"], body))
+    print(table(["", "", "anonymous", "resident", "s"], body))
     save("streaming", "python -m benchmarks.streaming", rows, weights=weights)
 
 

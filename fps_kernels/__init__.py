@@ -26,6 +26,7 @@ from fps_kernels.tuning.attaching import attach, tuner_of
 from fps_kernels.tuning.groups import masked_parameters
 from fps_kernels.tuning.masked_adamw import MaskedAdamW
 from fps_kernels.tuning.tuner import Tuner
+from fps_kernels.weights.streaming import streamed
 
 __all__ = [
     "FPS",
@@ -60,6 +61,7 @@ __all__ = [
     "save_delta",
     "score_topk",
     "select",
+    "streamed",
     "tuner_of",
     "use_backend",
 ]

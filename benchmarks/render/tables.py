@@ -187,16 +187,17 @@ def step_at_a_glance(content: Content, model: str) -> str:
 
 
 def streaming(content: Content) -> str:
-    """Memory of choosing from a model in its files, and in memory."""
+    """Memory of choosing from and tuning a model in its files, and in memory."""
     body = [
-        [row["way"], short_bytes(row["anonymous"]), short_bytes(row["resident"]), f"{row['seconds']:.1f}"]
+        [row["task"], row["way"], short_bytes(row["anonymous"]), short_bytes(row["resident"]), f"{row['seconds']:.1f}"]
         for row in content["rows"]
     ]
     note = (
         f"{short_bytes(content['weights'])} of weights. Peaks above what the process had before: *anonymous* is what it "
-        "holds itself, *resident* has also what the system keeps of files and can drop. Both choose the same entries."
+        "holds itself, *resident* has also what the system keeps of files and can drop. Both choose the same entries and "
+        "come to the same loss."
     )
-    return "\n\n".join([markdown(["", "anonymous", "resident", "s"], body), note, source(content)])
+    return "\n\n".join([markdown(["", "weights", "anonymous", "resident", "s"], body), note, source(content)])
 
 
 def distributed(content: Content) -> str:

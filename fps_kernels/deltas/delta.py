@@ -147,10 +147,11 @@ class Delta(DeltaContent):
     def write_into(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tuned entries and buffers into the tensors of a checkpoint of the base model, by name, without a way back.
 
+        Values of a delta that is added to its base are added to what the tensors hold.
+
         Raises:
             ValueError: tensors that are missing or of another shape or dtype. Nothing is written then.
         """
-        self.check_written()
         self._write(self._checked(tensors), check_places(self.buffers, tensors))
         self._warn_of_buffers()
 
@@ -186,7 +187,8 @@ class Delta(DeltaContent):
     def _write(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         for name in self.selection:
             memory, places = self._entries(name, parameters[name])
-            memory[places] = self.values[name].to(memory.device, memory.dtype)
+            values = self.values[name].to(memory.device)
+            memory[places] = (memory[places].float() + values if self.added else values).to(memory.dtype)
         for name, values in self.dense.items():
             parameters[name].detach().copy_(values)
         for name, values in self.buffers.items():

@@ -193,7 +193,8 @@ def _check(survey: Survey, selection: Selection, parameters: Mapping[str, nn.Par
                 f"{name} was made under torch.inference_mode() and cannot be changed outside of it: make the model outside"
             )
         if p.is_meta:
-            raise ValueError(f"{name} is on the meta device and has no values: load the model first")
+            cure = "tune beside it, attach(..., beside=True)" if name in survey.offloaded else "load the model first"
+            raise ValueError(f"{name} is on the meta device and has no values: {cure}")
     for name, chosen in selection.weights.items():
         p, (owner, leaf) = parameters[name], survey.owner(name)
         path = name.rpartition(".")[0] or "the model"

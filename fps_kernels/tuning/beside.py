@@ -4,7 +4,7 @@ Of a layer ``y = f(x)`` the tuned one is ``y = f(x) + x D^T``, where ``D`` has t
 tuned model begins as the model was, bit for bit. The base is neither read nor written here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fps_kernels.tuning.tuner import Tuner
 from fps_kernels.weights.buffers import BufferNotes
 from fps_kernels.weights.fingerprint import fingerprint
 from fps_kernels.weights.matrix import unfit
+from fps_kernels.weights.offloading import execution_device
 from fps_kernels.weights.sharding import check_whole
 from fps_kernels.weights.survey import Survey
 
@@ -254,6 +255,12 @@ def attach_beside(model: nn.Module, selection: Selection | Mapping[str, Tensor])
                 f"the selection trains {name} whole, and the model has no such parameter (any more, if its layer was "
                 "quantised): choose with dense=... for those that it has"
             )
+        if name in survey.offloaded:
+            raise ValueError(
+                f"{name} would be trained whole, and is brought in from elsewhere when its module runs: choose with "
+                "dense=... without it (entries of its weight can be chosen), or give its module values of its own, as a new "
+                "head has"
+            )
         if reason := unfit(survey.parameters[name]):
             raise TypeError(f"{name} cannot be trained whole: {reason}")
     entries = {name: AddedEntries(name, w, _device(layers[name])) for name, w in selection.weights.items()}
@@ -307,7 +314,7 @@ def linear_shape(module: nn.Module, leaf: str = "weight") -> tuple[int, int] | N
 
 def _device(module: nn.Module) -> torch.device:
     """Where a layer computes."""
-    found: Iterator[Tensor] = (t for t in (*module.parameters(), *module.buffers(), *vars(module).values())
-                               if isinstance(t, Tensor))  # fmt: skip
-    first = next(found, None)
-    return torch.device("cpu") if first is None else first.device
+    if (where := execution_device(module)) is not None:
+        return where
+    held = (*module.parameters(), *module.buffers(), *vars(module).values())
+    return next((t.device for t in held if isinstance(t, Tensor)), torch.device("cpu"))

@@ -23,6 +23,12 @@ def is_offloaded(module: nn.Module) -> bool:
     return _hook(module) is not None
 
 
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where an offloaded module runs; ``None`` of any other."""
+    hook = _hook(module)
+    return None if hook is None else torch.device(hook.execution_device)
+
+
 @contextmanager
 def brought_in(module: nn.Module, leaf: str) -> Iterator[Tensor]:
     """A parameter of an offloaded module with its values, on the device where the module runs."""

@@ -30,11 +30,13 @@ def streamed(model: nn.Module, checkpoint: str | PathLike[str], device: torch.de
     """Inside, a model that was built without memory runs with the weights of a checkpoint, module by module.
 
     Nothing is copied and nothing is written: at most the parameters of one module are in memory, beside what the operating
-    system keeps of the files. Afterwards the model is as it was.
+    system keeps of the files. Afterwards the model is as it was. It can be trained with ``attach(..., beside=True)``; let
+    its blocks be checkpointed then, so that a backward pass reads each of them once more and holds one at a time.
 
     Args:
-        model: with parameters on the meta device, as ``accelerate.init_empty_weights()`` makes them. Buffers that a
-            checkpoint does not hold must have values; those that it holds are taken from there.
+        model: with parameters on the meta device, as ``accelerate.init_empty_weights()`` makes them. Modules all of whose
+            own parameters have values, as a new head, stay as they are. Buffers that a checkpoint does not hold must have
+            values; those that it holds are taken from there.
         checkpoint: a ``.safetensors`` file, an index of several (``model.safetensors.index.json``), or a folder with either.
         device: where it runs.
 
@@ -51,22 +53,34 @@ def streamed(model: nn.Module, checkpoint: str | PathLike[str], device: torch.de
         ...     y = model(x)
     """
     try:
-        from accelerate.hooks import attach_align_device_hook, remove_hook_from_module
-        from accelerate.utils import OffloadedWeightsLoader
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+        from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
     except ImportError as error:
         raise ImportError("weights are streamed by accelerate, which is not installed: pip install accelerate") from error
-    index = _index(Survey.of(model), _tensors(Path(checkpoint)))
+    survey = Survey.of(model)
+    resident = {m for m in survey.modules.values() if _is_resident(m)}
+    index = _index(survey, _tensors(Path(checkpoint)), resident)
     loader = OffloadedWeightsLoader(index=index)
     buffers = {name: b for name, b in model.named_buffers() if name in index}
     try:
         for name in buffers:
             _set_buffer(model, name, loader[name].to(device))
-        attach_align_device_hook(model, execution_device=torch.device(device), offload=True, weights_map=loader)
+        for path, module in model.named_modules():
+            if module not in resident and (module._parameters or module._buffers):
+                files = PrefixedDataset(loader, f"{path}." if path else "")
+                hook = AlignDevicesHook(execution_device=torch.device(device), offload=True, weights_map=files)
+                add_hook_to_module(module, hook, append=True)
         yield model
     finally:
         remove_hook_from_module(model, recurse=True)
         for name, buffer in buffers.items():
             _set_buffer(model, name, buffer)
+
+
+def _is_resident(module: nn.Module) -> bool:
+    """Whether a module has parameters of its own, all with values."""
+    own = [p for p in module._parameters.values() if p is not None]
+    return bool(own) and not any(p.is_meta for p in own)
 
 
 def _set_buffer(model: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -108,13 +122,19 @@ def _tensors(checkpoint: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
     return found
 
 
-def _index(survey: Survey, tensors: Mapping[str, tuple[Path, tuple[int, ...], str]]) -> dict[str, dict[str, Any]]:
-    """What accelerate asks of every parameter: where it is."""
+def _index(
+    survey: Survey, tensors: Mapping[str, tuple[Path, tuple[int, ...], str]], resident: set[nn.Module]
+) -> dict[str, dict[str, Any]]:
+    """What accelerate asks of every parameter that is not resident: where it is."""
+    if not any(p.is_meta for p in survey.parameters.values()):
+        resident = set()  # nothing would be streamed: the first parameter is said to have values
+    here = {name for name in survey.parameters if survey.owner(name)[0] in resident}
     persistent = {f"{path}.{leaf}" if path else leaf for path, m in survey.modules.items() for leaf in m._buffers
                   if leaf not in m._non_persistent_buffers_set}  # fmt: skip
-    wanted: dict[str, torch.Tensor] = dict(survey.parameters)
+    wanted: dict[str, torch.Tensor] = {name: p for name, p in survey.parameters.items() if name not in here}
+    kept = {id(b) for m in resident for b in m._buffers.values()}
     for name, b in survey.model.named_buffers():  # those that have values of their own may have others in the files
-        if b.is_meta or name in tensors:
+        if b.is_meta or (name in tensors and id(b) not in kept):
             wanted[name] = b
     groups: dict[int, list[str]] = {}
     for name, p in survey.parameters.items():
