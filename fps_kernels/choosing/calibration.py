@@ -1,7 +1,7 @@
 """One forward pass over calibration data, and the sums that are left of it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -168,8 +168,14 @@ def unchecked_statistics(
     micro_batch: int | None,
     max_batches: int | None,
     progress: bool | None,
+    on_complete: Callable[[str, WeightStats], None] | None = None,
 ) -> tuple[ActivationStats, list[FiniteCheck]]:
-    """:func:`calibrate` without having looked whether activations were finite: whoever goes on looks at that later."""
+    """:func:`calibrate` without having looked whether activations were finite: whoever goes on looks at that later.
+
+    Args:
+        on_complete: told, while the last piece is fed, of each weight whose statistics are whole by then, unless it is used
+            once more; the weight itself is still there.
+    """
     accumulators: dict[str, _Accumulator] = {}
     check_sharding(survey)
     survey.check_has_values()
@@ -189,7 +195,10 @@ def unchecked_statistics(
             accumulator.add(use, ord)
         except TypeError as error:
             raise UnsupportedInputError(f"the input of {use.name}: {error}") from error
+        if last and on_complete is not None and not isinstance(stats := accumulator.finish(ord), str):
+            on_complete(use.name, stats)
 
+    last: list[bool] = []
     uses = run_forward(
         survey,
         data,
@@ -199,6 +208,7 @@ def unchecked_statistics(
         micro_batch=micro_batch,
         max_batches=max_batches,
         progress=progress,
+        on_last=None if on_complete is None else lambda: last.append(True),
     )
     weights: dict[str, WeightStats] = {}
     unused = {}

@@ -4,7 +4,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from fps_kernels.weights.watched_weight import Taker
 from fps_kernels.weights.watching import WeightInterception
 
 Forward = Callable[[nn.Module, Any], Any]
+T = TypeVar("T")
 
 
 class UnsupportedInputError(TypeError):
@@ -81,11 +82,13 @@ def run_forward(
     max_batches: int | None,
     progress: bool | None,
     takers: Mapping[str, Taker] | None = None,
+    on_last: Callable[[], None] | None = None,
 ) -> Uses:
     """Feed the data through the model without gradients, with every use of a weight reported to ``on_use``.
 
     Args:
         takers: of :class:`WeightInterception`.
+        on_last: called before the last piece of the last batch is fed; for that the batch after each is read ahead.
 
     Returns:
         Where else weights went.
@@ -100,11 +103,27 @@ def run_forward(
     owners = [(survey.tied.get(name, name), *owner) for name, owner in survey.offloaded.items()]
     interception = WeightInterception(parameters, on_use, owners, takers)
     with evaluation_mode(survey), torch.no_grad(), uncompiled():
-        for index, batch in enumerate(itertools.islice(batches_of(data, "calibrate", progress), max_batches)):
-            for piece in split_batch(to_device(batch, survey.device), micro_batch):
-                with interception, explained(index, piece):
-                    feed(model, piece)
+        batches = enumerate(itertools.islice(batches_of(data, "calibrate", progress), max_batches))
+        pieces = (
+            (index, piece) for index, batch in batches for piece in split_batch(to_device(batch, survey.device), micro_batch)
+        )
+        for (index, piece), last in ((one, False) for one in pieces) if on_last is None else _with_last(pieces):
+            if last and on_last is not None:
+                on_last()
+            with interception, explained(index, piece):
+                feed(model, piece)
     return interception
+
+
+def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Each item, and whether it is the last one."""
+    before: list[T] = []
+    for item in items:
+        if before:
+            yield before.pop(), False
+        before.append(item)
+    if before:
+        yield before.pop(), True
 
 
 def uncompiled() -> Any:

@@ -15,6 +15,7 @@ from fps_kernels.choosing.calibration import merged_statistics, unchecked_statis
 from fps_kernels.choosing.candidates import eligible_weights, usable_layouts
 from fps_kernels.choosing.feeding import Forward, ordinary_tensors
 from fps_kernels.choosing.finite_checks import FiniteCheck, check_finite
+from fps_kernels.choosing.on_the_way import OnTheWay
 from fps_kernels.choosing.scorers import FPS, ColumnScorer, Random, Scorer
 from fps_kernels.choosing.sharded import sharded_entries
 from fps_kernels.choosing.statistics import ActivationStats
@@ -53,8 +54,8 @@ def select(
 
     Args:
         model: any module whose parameters hold values, or whose weights accelerate keeps in main memory or on disk: each
-            of them is brought in once more, for its choice. It is left as it was found. What was found by looking at it
-            before will do.
+            of them is brought in once a batch, and chosen from in the last one. It is left as it was found. What was
+            found by looking at it before will do.
         data: calibration batches, as :func:`calibrate` takes them.
         scorer: what makes an entry worth tuning; :class:`FPS` by default.
         budget: how many entries; ``PerNeuron(1)`` by default.
@@ -68,8 +69,8 @@ def select(
             same choice, from all of it. By default the default group, where there is one of several processes; ``False``
             for a choice of this process alone.
         checkpoint: of a model that was built without memory (``accelerate.init_empty_weights()``): a safetensors file, an
-            index of several, or a folder with either. Weights stay there, and are read when their module runs and once more
-            for their choice (needs accelerate).
+            index of several, or a folder with either. Weights stay there, and are read when their module runs (needs
+            accelerate).
         progress: show a progress bar; ``None`` shows it on a terminal.
 
     Returns:
@@ -153,11 +154,16 @@ def _select(
     # Patterns are checked before the pass, which may take long.
     eligible, dense_names, skipped = eligible_weights(survey, include, exclude, dense)
     checks: list[FiniteCheck] = []
+    on_the_way = None
     if stats is None:
         assert data is not None
         ord = 1.0 if scorer.ord is None else scorer.ord
         most = 1 if scorer.ord is None else None  # only to see which weights are used
-        stats, checks = unchecked_statistics(survey, data, ord, forward, micro_batch, most, progress)
+        if isinstance(scorer, ColumnScorer) and survey.offloaded and not budget.competes and group is False:
+            owners = {name: owner for name, owner in survey.offloaded.items() if name in eligible}
+            on_the_way = OnTheWay(owners, scorer, budget, ord)
+        on_complete = None if on_the_way is None else on_the_way.choose
+        stats, checks = unchecked_statistics(survey, data, ord, forward, micro_batch, most, progress, on_complete)
         if group is not False:
             checks = merged_statistics(stats, group)
     elif scorer.ord is not None and stats.ord != scorer.ord:
@@ -184,7 +190,12 @@ def _select(
         factors = {name: scorer.factors(stats, name) for name in layouts}
         chosen = sharded_entries(layouts, survey.sharded, factors, budget)
     else:
-        chosen = best_entries(_scored(survey, layouts, budget, scorer, stats), budget, checks=checks)
+        if on_the_way is not None:
+            check_finite(checks)
+        early = {} if on_the_way is None else on_the_way.chosen({name: stats[name] for name in layouts})
+        left = {name: layout for name, layout in layouts.items() if name not in early}
+        later = best_entries(_scored(survey, left, budget, scorer, stats), budget, checks=checks)
+        chosen = {name: early[name] if name in early else later[name] for name in layouts}
     chosen |= Selection({name: chosen[name] for name in chosen if name in survey.offloaded}).to("cpu").weights
     chosen = {name: w if name in survey.offloaded else w.to(eligible[name].device) for name, w in chosen.items()}
     description = {"scorer": repr(scorer), "budget": repr(budget)}

@@ -82,6 +82,12 @@ Checkpoint = Annotated[
 Pretrained = Annotated[
     bool, typer.Option("--pretrained", help="timm's own weights, from its cache or downloaded.", rich_help_panel=MODEL)
 ]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream", help="Leave weights in the checkpoint, and read each when its module runs.", rich_help_panel=MODEL
+    ),
+]
 ImageSize = Annotated[
     int | None, typer.Option(min=1, help="Side of the images; the model's own if not given.", rich_help_panel=MODEL)
 ]

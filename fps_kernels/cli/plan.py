@@ -63,3 +63,9 @@ def plan(
     print_table(f"{model}, batch {batch_size}, {dtype}", head, rows)
     for cost in found.costs:
         typer.echo(f"{cost.method}: {MEANINGS[cost.method]}")
+    weights = max(cost.weights for cost in found.costs)
+    if memory is not None and weights > memory:
+        typer.echo(
+            f"the weights alone take {format_bytes(weights)}: with --stream, select and tune leave them in their files, and "
+            "hold one module's at a time"
+        )

@@ -20,6 +20,7 @@ def select(
     *,
     checkpoint: options.Checkpoint = None,
     pretrained: options.Pretrained = False,
+    stream: options.Stream = False,
     image_size: options.ImageSize = None,
     dtype: options.DType = Precision.fp32,
     device: options.OnDevice = Device.auto,
@@ -68,6 +69,7 @@ def select(
         dtype=dtype.dtype,
         device=place,
         seed=seed,
+        stream=stream,
     )
     reading = Reading(default_workers() if workers is None else workers, loaded.mode, place.type == "cuda")
     chosen = choose(loaded, images, choice, reading)

@@ -31,6 +31,7 @@ def tune(
     *,
     checkpoint: options.Checkpoint = None,
     pretrained: options.Pretrained = False,
+    stream: options.Stream = False,
     image_size: options.ImageSize = None,
     dtype: options.DType = Precision.fp32,
     device: options.OnDevice = Device.auto,
@@ -156,10 +157,17 @@ def tune(
             device=place,
             seed=seed,
             drop_path=drop_path,
+            stream=stream,
         )
         job = Job(
             name=model,
-            settings={"model": model, "image_size": image_size, "dtype": dtype.value, "drop_path": drop_path},
+            settings={
+                "model": model,
+                "image_size": image_size,
+                "dtype": dtype.value,
+                "drop_path": drop_path,
+                "stream": stream,
+            },
             selection=selection,
             choice=choice,
             recipe=recipe,

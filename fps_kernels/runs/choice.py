@@ -115,8 +115,9 @@ def choose(loaded: Loaded, images: ImageSet, choice: Choice, reading: Reading, p
                 scorer=_scorer(choice, lambda: _anchor(loaded, choice, batches, processes)),
                 budget=choice.budget(),
                 include=choice.include,
-                exclude=choice.exclude,
-                dense=choice.dense,
+                exclude=choice.exclude if loaded.files is None else [*(choice.exclude or ()), *loaded.not_linear],
+                dense=choice.dense if loaded.files is None else choice.dense or loaded.heads,
+                checkpoint=loaded.files,
                 micro_batch=choice.micro_batch,
                 progress=False,
             )
@@ -155,7 +156,8 @@ def _anchor(
     if choice.anchor.is_file():
         return ActivationStats.load(choice.anchor, loaded.device)
     images = training_images(str(choice.anchor), None, None, False)
-    stats = calibrate(loaded.model, batches(images, "anchor"), micro_batch=choice.micro_batch, progress=False)
+    with loaded.present():
+        stats = calibrate(loaded.model, batches(images, "anchor"), micro_batch=choice.micro_batch, progress=False)
     if processes.size > 1:
         stats.all_reduce()
     return stats

@@ -122,7 +122,12 @@ def tune_model(
         about = {"model": job.name, "image_size": str(loaded.config["input_size"][-1])}
         about["classes"] = json.dumps(train.classes, ensure_ascii=False)
         chosen = replace(chosen, description={**chosen.description, **about})
-        with attach(loaded.model, chosen.to(loaded.device)) as tuner, progress_bar() as progress:
+        beside = loaded.files is not None
+        with (
+            loaded.present(),
+            attach(loaded.model, chosen.to(loaded.device), beside=beside) as tuner,
+            progress_bar() as progress,
+        ):
             task = progress.add_task("tune", total=1, status="")
             say: Callable[[str], None] = note if progress.disable else progress.console.print
 

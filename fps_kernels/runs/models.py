@@ -4,7 +4,7 @@ import difflib
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from fps_kernels.runs.progress import warn
+from fps_kernels.tuning.beside import linear_shape
 from fps_kernels.weights.roles import classifier_modules
+from fps_kernels.weights.streaming import streamed
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,38 @@ class Loaded:
         config: timm's data configuration: ``input_size``, ``mean``, ``std``, ``interpolation``, ...
         device: where it lies.
         dtype: of its parameters.
+        files: where its weights stay, each read when its module runs; ``None`` where they are in memory.
     """
 
     model: nn.Module
     config: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
+    files: Path | None = None
 
     @property
     def mode(self) -> str:
         """PIL's mode of its images."""
         return "L" if self.config["input_size"][0] == 1 else "RGB"
+
+    def present(self) -> Any:
+        """A context in which the model can run."""
+        return nullcontext() if self.files is None else streamed(self.model, self.files, self.device)
+
+    @property
+    def heads(self) -> list[str]:
+        """Patterns of the parameters of its classifiers."""
+        return [f"{head}.*" for head in classifier_modules(self.model)]
+
+    @property
+    def not_linear(self) -> list[str]:
+        """Weights that nothing can be added beside."""
+        return [
+            f"{path}.{leaf}" if path else leaf
+            for path, module in self.model.named_modules()
+            for leaf, p in module._parameters.items()
+            if p is not None and p.dim() >= 2 and linear_shape(module, leaf) is None
+        ]
 
 
 def load_model(
@@ -52,8 +75,10 @@ def load_model(
     device: torch.device,
     seed: int,
     drop_path: float = 0.0,
+    stream: bool = False,
 ) -> Loaded:
-    """A timm model; its new head, and all of it where there is no checkpoint, is drawn by the seed.
+    """A timm model; its new head, and all of it where there is no checkpoint, is drawn by the seed. With ``stream`` its
+    weights stay in the checkpoint.
 
     Raises:
         ValueError: see :func:`timm_model`; both of ``checkpoint`` and ``pretrained``; or images of a
@@ -62,6 +87,8 @@ def load_model(
     if checkpoint is not None and pretrained:
         raise ValueError("give --checkpoint or --pretrained, not both")
     torch.manual_seed(seed)
+    if stream:
+        return _streaming(name, checkpoint, classes, image_size, dtype, device, drop_path)
     model = timm_model(name, checkpoint, classes, image_size, pretrained=pretrained, drop_path=drop_path)
     if checkpoint is None and not pretrained:
         warn(f"{name} has random weights: --checkpoint FILE or --pretrained gives it others")
@@ -70,6 +97,40 @@ def load_model(
         config |= {"input_size": (config["input_size"][0], image_size, image_size)}
     loaded = Loaded(model.to(device, dtype), config, device, dtype)
     _try(name, loaded)
+    return loaded
+
+
+def _streaming(
+    name: str,
+    checkpoint: Path | None,
+    classes: int,
+    image_size: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    drop_path: float,
+) -> Loaded:
+    """A model without memory but for its heads, which are new."""
+    if checkpoint is None:
+        raise ValueError("--stream needs --checkpoint: the safetensors files in which weights stay")
+    try:
+        from accelerate import init_empty_weights
+    except ImportError as error:
+        raise ImportError("--stream needs accelerate: pip install accelerate", name="accelerate") from error
+    with init_empty_weights():
+        model = timm_model(name, None, classes, image_size, drop_path=drop_path).to(dtype)
+    for head in classifier_modules(model):
+        module: Any = model.get_submodule(head).to_empty(device=device)
+        module.reset_parameters()
+    config: dict[str, Any] = dict(resolve_model_data_config(model))
+    if image_size is not None:
+        config |= {"input_size": (config["input_size"][0], image_size, image_size)}
+    loaded = Loaded(model, config, device, dtype, checkpoint)
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing()  # type: ignore[operator]
+    else:
+        warn(f"{name} checkpoints no blocks: a backward pass holds all of its weights")
+    with loaded.present():
+        _try(name, loaded)
     return loaded
 
 

@@ -24,7 +24,7 @@ def offload(model: nn.Module, where: str, folder) -> nn.Module:
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 @pytest.mark.parametrize("budget", [fps.PerNeuron(2), fps.PerTensor(0.02)])
-def test_the_same_choice_and_one_more_visit(tmp_path, monkeypatch, where, budget):
+def test_the_same_choice_with_one_visit_a_batch(tmp_path, monkeypatch, where, budget):
     model, data = vit(), [torch.randn(4, 3, 32, 32) for _ in range(2)]
     expected = fps.select(model, data, budget=budget)
     away = offload(copy.deepcopy(model), where, tmp_path)
@@ -41,10 +41,35 @@ def test_the_same_choice_and_one_more_visit(tmp_path, monkeypatch, where, budget
     for name, w in selection.items():
         assert torch.equal(w.columns, expected[name].columns), name
         assert torch.equal(w.row_offsets, expected[name].row_offsets), name
-        assert visits[id(away.get_submodule(name.rpartition(".")[0]))] == len(data) + 1
+        assert visits[id(away.get_submodule(name.rpartition(".")[0]))] == len(data)
     assert selection.dense == expected.dense
     weights = [away.get_submodule(name.rpartition(".")[0]).weight for name in selection]
     assert all(p.is_meta for p in weights)  # none stays behind
+
+
+class Twice(nn.Module):
+    """A layer that is used two times: what its first use chose from was not all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(self.layer(x).square() * 3))
+
+
+def test_weights_that_are_used_again_and_scores_that_are_not_finite():
+    torch.manual_seed(2)
+    model, data = Twice(), [torch.randn(6, 12)]
+    expected = fps.select(model, data, dense=[], progress=False)
+    away = accelerate.cpu_offload(copy.deepcopy(model), execution_device="cpu")
+    found = fps.select(away, data, dense=[], progress=False)
+    assert all(torch.equal(found[name].columns, w.columns) for name, w in expected.items())
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    away = accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(ValueError, match="the scores of head.weight contain NaN or Inf: check the weight"):
+        fps.select(away, data, dense=[], progress=False)
 
 
 def test_statistics_and_other_scorers(tmp_path):
