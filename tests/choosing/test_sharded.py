@@ -39,9 +39,9 @@ def choices() -> None:
     for name in stats:
         assert torch.equal(same[name].norm, stats[name].norm), name
     warnings.simplefilter("ignore")  # budgets that do not fit all weights are said
-    for change in (lambda model: model, rounded):
+    for change, scorers in ((lambda model: model, (fps.FPS(), fps.Random(3))), (rounded, (fps.FPS(), fps.Magnitude()))):
         whole, cut = change(mixture()), shard(change(mixture()))
-        for scorer, budget in itertools.product((fps.FPS(), fps.Magnitude(), fps.Random(3)), BUDGETS):
+        for scorer, budget in itertools.product(scorers, BUDGETS):
             options = {"stats": stats, "scorer": scorer, "budget": budget}
             alone = fps.select(whole, **options, process_group=False)
             together = fps.select(cut, **options)
