@@ -41,7 +41,7 @@ def best_entries(
         found.update(begun.finish(read))
         for w, is_sound in zip(group, sound, strict=True):
             if found[w.name].nnz and not is_sound and not is_simulated(w.values):
-                scores.append(FiniteCheck(_largest_score(w, found[w.name]), partial(_refuse, w.name, what, w.factors)))
+                scores.append(FiniteCheck(_largest_score(w, found[w.name]), partial(refuse_scores, w.name, what, w.factors)))
 
     for group in groups:
         begun = budget.begin(group)
@@ -67,7 +67,12 @@ def _would_wait(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def _refuse(name: str, what: str, factors: Tensor) -> None:
+def refuse_scores(name: str, what: str, factors: Tensor) -> None:
+    """Refuse a weight.
+
+    Raises:
+        ValueError: always; it says whether its factors are to blame.
+    """
     culprit = f"the {what}, or an overflow of |{what}| * factor" if factors.isfinite().all() else "its factors"
     raise ValueError(f"the scores of {name} contain NaN or Inf: check {culprit}")
 

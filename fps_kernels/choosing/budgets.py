@@ -103,10 +103,6 @@ class Budget(ABC):
         return Begun((), lambda read: chosen)
 
     @abstractmethod
-    def count_of(self, layouts: Sequence[MatrixLayout]) -> int | None:
-        """How many entries of a group of weights; ``None`` where it is so many of each row instead."""
-
-    @abstractmethod
     def draw(self, layouts: dict[str, MatrixLayout], generator: torch.Generator) -> dict[str, WeightSelection]:
         """As many entries of a group of weights, drawn uniformly."""
 
@@ -159,9 +155,6 @@ class PerNeuron(Budget):
         narrow = [name for name, layout in layouts.items() if layout.shape[1] < self.k]
         return _narrow(narrow, f"fewer columns than k={self.k}: every row of theirs gives all that it has") if narrow else ""
 
-    def count_of(self, layouts: Sequence[MatrixLayout]) -> None:
-        """So many of each row."""
-
     def choose(self, weights: list[ScoredWeight]) -> dict[str, WeightSelection]:
         """The best entries of every weight."""
         chosen = {}
@@ -189,15 +182,23 @@ class PerNeuron(Budget):
         return chosen
 
 
-class _EachWeight(Budget):
+class Counted(Budget):
+    """A number of entries of each group of weights, whatever their rows."""
+
+    def check(self, name: str, layout: MatrixLayout) -> None:
+        """Every weight will do."""
+
+    @abstractmethod
+    def count_of(self, layouts: Sequence[MatrixLayout]) -> int:
+        """How many entries of a group of weights."""
+
+
+class _EachWeight(Counted):
     """Every weight has a number of entries of its own, which compete within it."""
 
     @abstractmethod
     def count(self, layout: MatrixLayout) -> int:
         """How many entries of a weight."""
-
-    def check(self, name: str, layout: MatrixLayout) -> None:
-        """Every weight will do."""
 
     def count_of(self, layouts: Sequence[MatrixLayout]) -> int:
         """Of the one weight that a group is."""
@@ -278,7 +279,7 @@ class LikeLoRA(_EachWeight):
 
 
 @dataclass(frozen=True)
-class Global(Budget):
+class Global(Counted):
     """The best ``density`` of the entries of all weights together: ``round(density * entries)``, at least one.
 
     Attributes:
@@ -293,9 +294,6 @@ class Global(Budget):
 
     def __post_init__(self) -> None:
         _check_density(self.density)
-
-    def check(self, name: str, layout: MatrixLayout) -> None:
-        """Every weight will do."""
 
     def count_of(self, layouts: Sequence[MatrixLayout]) -> int:
         """Of all weights together."""

@@ -190,9 +190,10 @@ def _select(
         factors = {name: scorer.factors(stats, name) for name in layouts}
         chosen = sharded_entries(layouts, survey.sharded, factors, budget)
     else:
+        early: dict[str, WeightSelection] = {}
         if on_the_way is not None:
-            check_finite(checks)
-        early = {} if on_the_way is None else on_the_way.chosen({name: stats[name] for name in layouts})
+            check_finite(checks)  # before what those activations made of scores
+            checks, early = [], on_the_way.chosen({name: stats[name] for name in layouts})
         left = {name: layout for name, layout in layouts.items() if name not in early}
         later = best_entries(_scored(survey, left, budget, scorer, stats), budget, checks=checks)
         chosen = {name: early[name] if name in early else later[name] for name in layouts}

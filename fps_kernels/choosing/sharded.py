@@ -8,6 +8,7 @@ in one process. No scores are kept or sent, but of rows that are cut in the midd
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fps_kernels import ops
-from fps_kernels.choosing.budgets import Budget, PerNeuron, stacked
-from fps_kernels.selection import WeightSelection, uniform_row_offsets
+from fps_kernels.choosing.best_entries import refuse_scores
+from fps_kernels.choosing.budgets import Budget, Counted, PerNeuron, stacked
+from fps_kernels.selection import WeightSelection, row_offsets_of, uniform_row_offsets
 from fps_kernels.weights.exchange import all_gathered
 from fps_kernels.weights.matrix import MatrixLayout
 from fps_kernels.weights.shards import Piece, Shard
@@ -53,14 +55,16 @@ def sharded_entries(
     Raises:
         ValueError: a score that is NaN or infinite, with the name of its weight: on every process.
     """
-    held = [_held(name, layout, shards[name], factors[name]) for name, layout in layouts.items()]
     world = _World(next(iter(shards.values())))
-    if isinstance(budget, PerNeuron):
-        own = {h.name: _best_of_rows(h, int(budget.k), world) for h in held}
-    else:
-        own = _best_of_groups(budget.groups(held), budget, world)
-    _check_finite(held, own, factors, world)
-    return _whole(held, own, shards, world)
+    with torch.device("cpu"):  # also where another is the default one
+        held = [_held(name, layout, shards[name], factors[name]) for name, layout in layouts.items()]
+        if isinstance(budget, PerNeuron):
+            own = {h.name: _best_of_rows(h, int(budget.k), world) for h in held}
+        else:
+            assert isinstance(budget, Counted)
+            own = _best_of_groups(budget.groups(held), budget, world)
+        _check_finite(held, own, factors, world)
+        return _whole(held, own, shards, world)
 
 
 class _World:
@@ -121,50 +125,49 @@ def _best_of_rows(h: _Held, k: int, world: _World) -> WeightSelection:
     best = everyone.sort(dim=1, descending=True, stable=True).indices[:, :k]
     chosen = torch.zeros_like(everyone, dtype=torch.bool).scatter_(1, best, True)
     mine = chosen[:, world.rank * k : world.rank * k + here].to(columns.device)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64, device=mine.device), mine.sum(1).cumsum(0)]).int()
-    return WeightSelection.trusted(h.piece.layout, offsets, columns[mine])
+    return WeightSelection.trusted(h.piece.layout, row_offsets_of(mine.sum(1)), columns[mine])
 
 
 # ------------------------------------------------------------------------------------------------ so many of a group
 
 
-def _best_of_groups(groups: list[list[_Held]], budget: Budget, world: _World) -> dict[str, WeightSelection]:
-    counts = [budget.count_of([h.layout for h in group]) or 0 for group in groups]
-    matrices, of_group = [], []
-    for number, group in enumerate(groups):
-        for h in group:
-            matrices += h.matrices
-            of_group += [number] * len(h.matrices)
+def _best_of_groups(groups: list[list[_Held]], budget: Counted, world: _World) -> dict[str, WeightSelection]:
+    counts = [budget.count_of([h.layout for h in group]) for group in groups]
+    every = [(number, h) for number, group in enumerate(groups) for h in group]
+    matrices = [pair for _, h in every for pair in h.matrices]
+    of_group = [number for number, h in every for _ in h.matrices]
     keys = _thresholds(matrices, of_group, counts, world)
-    greater, equal = _counts(matrices, keys[of_group])
-    chosen: dict[str, WeightSelection] = {}
-    place = 0
-    every = [h for group in groups for h in group]
-    sums = torch.zeros(len(every), 2, dtype=torch.int64)
-    for number, h in enumerate(every):
-        here = slice(place, place := place + len(h.matrices))
-        sums[number] = torch.tensor([int(greater[here].sum()), int(equal[here].sum())])
+    found = _counts(matrices, keys[of_group])
+    own = [  # of each weight, how many scores of each of its matrices lie above the threshold and are equal to it
+        list(zip(*(part.tolist() for part in parts), strict=True))
+        for parts in zip(*(part.split([len(h.matrices) for _, h in every]) for part in found), strict=True)
+    ]
+    sums = torch.tensor([[sum(n[0] for n in numbers), sum(n[1] for n in numbers)] for numbers in own])
     everyone = torch.stack([part.view(-1, 2) for part in world.gathered(sums.flatten())])  # [world, weights, 2]
-    place = number = 0
-    for group, count, key in zip(groups, counts, keys.tolist(), strict=True):
-        left = count - int(everyone[:, number : number + len(group), 0].sum())
-        for h in group:
-            ties = everyone[:, number, 1]
-            shares = _in_order(ties.tolist(), left) if h.by_rows else _by_rows(h, key, ties, left, world)
-            left -= sum(shares)
-            mine, found = shares[world.rank], []
-            threshold = _scores_of(torch.tensor([key]))[0]
-            for i, (matrix, factors) in enumerate(h.matrices, place):
-                share = min(mine, int(equal[i]))
-                mine -= share
-                found.append(ops.score_select(matrix, factors, threshold.to(matrix.device), int(greater[i]) + share))
-            place += len(h.matrices)
-            number += 1
-            if not found:
-                rows = h.piece.layout.shape[0]
-                found = [(torch.zeros(rows + 1, dtype=torch.int32), torch.empty(0, dtype=torch.int32))]
-            chosen[h.name] = stacked(h.piece.layout, found)
+    left = list(counts)
+    for (group, _), above in zip(every, everyone[:, :, 0].sum(0).tolist(), strict=True):
+        left[group] -= above
+    chosen = {}
+    for (group, h), numbers, ties in zip(every, own, everyone[:, :, 1].t(), strict=True):
+        threshold = _scores_of(keys[group : group + 1])[0]
+        way = _in_order if h.by_rows else partial(_by_rows, h, threshold, numbers, world)
+        shares = way(ties.tolist(), left[group])
+        left[group] -= sum(shares)
+        chosen[h.name] = _taken(h, threshold, numbers, shares[world.rank])
     return chosen
+
+
+def _taken(h: _Held, threshold: Tensor, numbers: list[tuple[int, int]], ties: int) -> WeightSelection:
+    """What lies above the threshold, and the first entries equal to it."""
+    found = []
+    for (matrix, factors), (above, equal) in zip(h.matrices, numbers, strict=True):
+        share = min(ties, equal)
+        ties -= share
+        found.append(ops.score_select(matrix, factors, threshold.to(matrix.device), above + share))
+    if not found:  # this process has nothing of it
+        rows = h.piece.layout.shape[0]
+        found = [(torch.zeros(rows + 1, dtype=torch.int32), torch.empty(0, dtype=torch.int32))]
+    return stacked(h.piece.layout, found)
 
 
 def _thresholds(matrices: list[tuple[Tensor, Tensor]], of_group: list[int], counts: list[int], world: _World) -> Tensor:
@@ -231,21 +234,21 @@ def _in_order(available: Sequence[int], left: int) -> list[int]:
     return shares
 
 
-def _by_rows(h: _Held, key: int, ties: Tensor, left: int, world: _World) -> list[int]:
+def _by_rows(
+    h: _Held, threshold: Tensor, numbers: list[tuple[int, int]], world: _World, ties: list[int], left: int
+) -> list[int]:
     """How many of the entries equal to the threshold each process gets of a weight whose rows are cut: those of the first
     rows, and in the last of these of the first columns."""
-    if left in (0, int(ties.sum())) or left > int(ties.sum()):
-        return ties.tolist() if left else [0] * len(ties)
-    threshold = _scores_of(torch.tensor([key]))
+    if left <= 0 or left >= sum(ties):
+        return ties if left > 0 else [0] * len(ties)
     lengths = torch.zeros(h.layout.shape[0], dtype=torch.int64)
     at = 0
-    for matrix, factors in h.matrices:
-        greater, equal = (int(n) for n in ops.score_counts([matrix], [factors], threshold.to(matrix.device)))
-        both, above = (
-            ops.score_select(matrix, factors, threshold[0].to(matrix.device), number)[0].diff().long().cpu()
-            for number in (greater + equal, greater)
+    for (matrix, factors), (above, equal) in zip(h.matrices, numbers, strict=True):
+        both, greater = (
+            ops.score_select(matrix, factors, threshold.to(matrix.device), number)[0].diff().long().cpu()
+            for number in (above + equal, above)
         )
-        lengths[at : at + len(matrix)] = both - above
+        lengths[at : at + len(matrix)] = both - greater
         at += len(matrix)
     of_rows = torch.stack(world.gathered(lengths))  # [world, rows]
     before = of_rows.sum(0).cumsum(0)
@@ -262,23 +265,19 @@ def _check_finite(held: list[_Held], own: dict[str, WeightSelection], factors: M
     """NaN and infinity rank first, so that any that was chosen from is among the chosen of some process."""
     largest = []
     for h in held:
-        at, found = 0, [torch.zeros(())]
-        offsets, columns = own[h.name].row_offsets, own[h.name].columns.long()
+        at, found, chosen = 0, [torch.zeros(())], own[h.name]
+        rows, columns = chosen.rows(), chosen.columns.long()
         for matrix, of_columns in h.matrices:
-            begin, end = offsets[[at, at + len(matrix)]].tolist()
-            rows = own[h.name].rows()[begin:end] - at
+            inside = slice(*chosen.row_offsets[[at, at + len(matrix)]].tolist())
+            if inside.stop > inside.start:
+                scores = matrix[rows[inside] - at, columns[inside]].float() * of_columns[0][columns[inside]]
+                found.append(scores.abs_().amax().cpu())
             at += len(matrix)
-            if end > begin:
-                scores = (matrix[rows, columns[begin:end]].float() * of_columns[0][columns[begin:end]]).abs()
-                found.append(scores.amax().cpu())
         largest.append(torch.stack(found).amax())
     sound = torch.stack(largest).isfinite().long()
     for h, is_sound in zip(held, world.reduced(sound, dist.ReduceOp.MIN).tolist(), strict=True):
         if not is_sound:
-            culprit = (
-                "the weight, or an overflow of |weight| * factor" if factors[h.name].isfinite().all() else "its factors"
-            )
-            raise ValueError(f"the scores of {h.name} contain NaN or Inf: check {culprit}")
+            refuse_scores(h.name, "weight", factors[h.name])
 
 
 def _whole(
@@ -300,8 +299,7 @@ def _whole(
             columns.append(read[places[rank] + rows : places[rank] + rows + number])
             places[rank] += rows + number
         if h.by_rows:
-            offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(lengths).long().cumsum(0)]).int()
-            chosen[h.name] = WeightSelection.trusted(h.layout, offsets, torch.cat(columns))
+            chosen[h.name] = WeightSelection.trusted(h.layout, row_offsets_of(torch.cat(lengths)), torch.cat(columns))
         else:
             every = torch.arange(h.layout.shape[0])
             rows_of = [every.repeat_interleave(n.long()) for n in lengths]

@@ -97,6 +97,5 @@ def _reader(layer: nn.Module) -> Callable[[], Tensor] | None:
         return lambda: weight.data.float() * (scales / 127).unsqueeze(1)
     if isinstance(weight, Tensor) and computes_its_numbers(weight) and hasattr(weight, "dequantize"):
         return weight.dequantize
-    if not isinstance(weight, Tensor) and callable(getattr(layer, "dequantize", None)):
-        return layer.dequantize  # type: ignore[return-value]
-    return None
+    own: Callable[[], Tensor] | None = getattr(layer, "dequantize", None)
+    return None if isinstance(weight, Tensor) else own

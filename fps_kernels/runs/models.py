@@ -92,12 +92,17 @@ def load_model(
     model = timm_model(name, checkpoint, classes, image_size, pretrained=pretrained, drop_path=drop_path)
     if checkpoint is None and not pretrained:
         warn(f"{name} has random weights: --checkpoint FILE or --pretrained gives it others")
+    loaded = Loaded(model.to(device, dtype), _config(model, image_size), device, dtype)
+    _try(name, loaded)
+    return loaded
+
+
+def _config(model: nn.Module, image_size: int | None) -> dict[str, Any]:
+    """timm's data configuration, for images of a size."""
     config: dict[str, Any] = dict(resolve_model_data_config(model))
     if image_size is not None:
         config |= {"input_size": (config["input_size"][0], image_size, image_size)}
-    loaded = Loaded(model.to(device, dtype), config, device, dtype)
-    _try(name, loaded)
-    return loaded
+    return config
 
 
 def _streaming(
@@ -121,12 +126,9 @@ def _streaming(
     for head in classifier_modules(model):
         module: Any = model.get_submodule(head).to_empty(device=device)
         module.reset_parameters()
-    config: dict[str, Any] = dict(resolve_model_data_config(model))
-    if image_size is not None:
-        config |= {"input_size": (config["input_size"][0], image_size, image_size)}
-    loaded = Loaded(model, config, device, dtype, checkpoint)
-    if hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing()  # type: ignore[operator]
+    loaded = Loaded(model, _config(model, image_size), device, dtype, checkpoint)
+    if (checkpoint_blocks := getattr(model, "set_grad_checkpointing", None)) is not None:
+        checkpoint_blocks()
     else:
         warn(f"{name} checkpoints no blocks: a backward pass holds all of its weights")
     with loaded.present():

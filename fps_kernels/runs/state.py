@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def save(run: "Training") -> None:
     """Write everything that the rest of a run depends on: the first process does so, with what others have of their own."""
     generators, states = random_state(run.loaded.device)
-    others = run.processes.collected(packed(generators, states))
+    others = [] if run.processes.size == 1 else run.processes.collected(packed(generators, states))
     losses = run.processes.collected(torch.stack([run.at.loss.cpu(), torch.tensor(run.at.images).double()]))
     if not run.processes.first:
         return

@@ -136,20 +136,16 @@ class WeightSelection:
             offsets = self.row_offsets[first : last + 1] - begin
             return slice(begin, end), WeightSelection.trusted(piece.layout, offsets, self.columns[begin:end].clone())
         inside = (self.columns >= piece.columns[0]) & (self.columns < piece.columns[1])
-        lengths = torch.bincount(self.rows()[inside], minlength=last)
-        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
-        return inside.nonzero().squeeze(1), WeightSelection.trusted(
-            piece.layout, offsets, self.columns[inside] - piece.columns[0]
-        )
+        offsets = row_offsets_of(torch.bincount(self.rows()[inside], minlength=last))
+        columns = self.columns[inside] - piece.columns[0]
+        return inside.nonzero().squeeze(1), WeightSelection.trusted(piece.layout, offsets, columns)
 
     @classmethod
     def from_flat(cls, layout: MatrixLayout, flat: Tensor) -> "WeightSelection":
         """From distinct row-major positions in the matrix, int64, ascending."""
         O, C = layout.shape
         rows = flat // max(C, 1)
-        row_offsets = torch.zeros(O + 1, dtype=torch.int64, device=flat.device)
-        row_offsets[1:] = torch.bincount(rows, minlength=O).cumsum(0)
-        return cls(layout, row_offsets.int(), (flat - rows * C).int())
+        return cls(layout, row_offsets_of(torch.bincount(rows, minlength=O)), (flat - rows * C).int())
 
     @classmethod
     def from_mask(cls, mask: Tensor, row_dims: tuple[int, ...] = (0,)) -> "WeightSelection":
@@ -165,3 +161,8 @@ class WeightSelection:
 def uniform_row_offsets(rows: int, length: int, device: torch.device | str = "cpu") -> Tensor:
     """``row_offsets`` of a CSR in which every row has as many entries, int32 ``[rows + 1]``."""
     return torch.arange(rows + 1, dtype=torch.int32, device=device) * length
+
+
+def row_offsets_of(lengths: Tensor) -> Tensor:
+    """``row_offsets`` of a CSR whose rows have so many entries each, int32 ``[rows + 1]``."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)]).int()

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fps_kernels import ops
 from fps_kernels.keeping.kept import Keeping
@@ -312,8 +311,8 @@ def _begin(module: nn.Module, args: Any) -> None:
         scope.kind = type(module)
     if _in_backward() < 0:  # what is computed again has to be what was computed
         scope.agreement.settle()
-        if scope.tuner is not None and DistributedDataParallel._active_ddp_module is not None:
-            scope.tuner.compare_across_processes(DistributedDataParallel._active_ddp_module.process_group)
+        if scope.tuner is not None:
+            scope.tuner.compare_under_ddp()
     scope.thread = threading.get_ident()
     if scope.keeping is not None:
         scope.keeping.__enter__()

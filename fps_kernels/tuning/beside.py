@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from fps_kernels import ops
@@ -53,8 +52,13 @@ class AddedEntries(nn.Module):
         self.distinct = None if found.numel() >= NEARLY_ALL * selection.layout.shape[1] else found.int()
         self.selection = selection
         self.values = nn.Parameter(torch.zeros(selection.nnz, dtype=torch.float32, device=device))
-        self.values.added_entries = self  # type: ignore[attr-defined]
+        self._mark()
         self._move(device)
+
+    def _mark(self) -> None:
+        """Let whoever has the parameter know what it is."""
+        values: Any = self.values
+        values.added_entries = self
 
     @property
     def here(self) -> WeightSelection:
@@ -66,6 +70,10 @@ class AddedEntries(nn.Module):
         """The values."""
         return self.values
 
+    def load(self, values: Tensor) -> None:
+        """Take over values ``[nnz]``."""
+        self.values.copy_(values)
+
     def _move(self, device: torch.device) -> None:
         self.selection = self.selection.to(device)
         self.order = sent(self.order, device)
@@ -73,8 +81,8 @@ class AddedEntries(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AddedEntries":
         # `.to(bfloat16)` leaves the values float32.
-        super()._apply(lambda values: values.to(fn(values).device), recurse)  # type: ignore[no-untyped-call]
-        self.values.added_entries = self  # type: ignore[attr-defined]
+        super()._apply(lambda values: values.to(fn(values).device), recurse)  # type: ignore[no-untyped-call]  # torch's
+        self._mark()
         self._move(self.values.device)
         return self
 
@@ -178,7 +186,7 @@ def untrainable(module: nn.Module) -> str | None:
 class BesideTuner(Tuner):
     """A :class:`Tuner` whose values are added beside the weights, and written nowhere."""
 
-    _entries: Mapping[str, AddedEntries]  # type: ignore[assignment]
+    _entries: Mapping[str, AddedEntries]  # type: ignore[assignment]  # which have all of the interface that is used here
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -208,22 +216,6 @@ class BesideTuner(Tuner):
         """
         raise ValueError("values that are added beside weights are written nowhere: see fps.merge_into_dense()")
 
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load values.
-
-        Raises:
-            ValueError: names or shapes that are not this tuner's; nothing is loaded then.
-        """
-        if missing := sorted(self._entries.keys() ^ state.keys()):
-            raise ValueError(f"the state is of another tuner: {missing[0]} is in one of the two only")
-        for name, e in self._entries.items():
-            if state[name].shape != e.values.shape:
-                found = list(state[name].shape)
-                raise ValueError(f"the state is of another selection: {name} has {found} values, not {list(e.values.shape)}")
-        for name, e in self._entries.items():
-            e.values.copy_(state[name])
-
     def detach(self) -> None:
         """Leave the base alone, without the values: keep them in a delta before, or see :func:`merge_into_dense`."""
         for hook in self._hooks:
@@ -235,10 +227,6 @@ class BesideTuner(Tuner):
         for p, flag in self._frozen.items():
             p.requires_grad_(flag)
         self._frozen.clear()
-
-    def _compare(self, model: nn.Module, args: Any) -> None:
-        if DistributedDataParallel._active_ddp_module is not None:
-            self.compare_across_processes(DistributedDataParallel._active_ddp_module.process_group)
 
 
 def attach_beside(model: nn.Module, selection: Selection | Mapping[str, Tensor]) -> BesideTuner:
@@ -277,7 +265,7 @@ def attach_beside(model: nn.Module, selection: Selection | Mapping[str, Tensor])
         layer.add_module(child, entries[name])
         tuner._homes.append((layer._modules, child, entries[name]))
         tuner._hooks.append(layer.register_forward_hook(_add, with_kwargs=True))
-    tuner._hooks.append(model.register_forward_pre_hook(tuner._compare))
+    tuner._hooks.append(model.register_forward_pre_hook(lambda *_: tuner.compare_under_ddp()))
     return tuner
 
 
@@ -305,11 +293,11 @@ def linear_shape(module: nn.Module, leaf: str = "weight") -> tuple[int, int] | N
     """``(outputs, inputs)`` of a linear layer of any kind; ``None`` of anything else."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return None
-    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    if all(isinstance(size, int) for size in sizes):
-        return sizes  # type: ignore[return-value]
+    outputs, inputs = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if isinstance(outputs, int) and isinstance(inputs, int):
+        return outputs, inputs
     weight = getattr(module, leaf, None)
-    return tuple(weight.shape) if isinstance(weight, Tensor) and weight.dim() == 2 else None  # type: ignore[return-value]
+    return (weight.shape[0], weight.shape[1]) if isinstance(weight, Tensor) and weight.dim() == 2 else None
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -124,7 +124,7 @@ class SelectedEntries(nn.Module):
         weight = self.weight
         owner, leaf, _ = self._place[0]
         there = owner._parameters.get(leaf)
-        if there is not weight:
+        if there is not weight and not self._stands_in(there):
             raise ValueError(
                 f"{self.name} was replaced since attach(){_by_whom(there)}: its selected values reach no weight. Attach "
                 "again, after whatever replaces parameters"
@@ -134,6 +134,10 @@ class SelectedEntries(nn.Module):
                 f"the selected values of {self.name} were replaced since attach(){_by_whom(values)}: attach again, after "
                 "whatever replaces parameters"
             )
+
+    def _stands_in(self, found: Any) -> bool:
+        """Whether something else may be in the place of the weight."""
+        return False
 
     def live_in(self, host: nn.Module, name: str) -> None:
         """Become a child of a module: the one that owns the weight, if that can have any."""
@@ -219,6 +223,12 @@ class SelectedEntries(nn.Module):
         ops.scatter_values_(*self.memory(), numbers)
         self.agreed.copy_(numbers)
         self.alone.settle()
+
+    @torch.no_grad()
+    def load(self, values: Tensor) -> None:
+        """Take over values ``[nnz]`` and write them into the weight, also where that has changed meanwhile."""
+        self.seen.numbers.copy_(values)
+        self.write_back()
 
     @torch.no_grad()
     def read_back(self) -> None:

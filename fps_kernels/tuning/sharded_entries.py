@@ -17,7 +17,7 @@ from fps_kernels.selection import WeightSelection
 from fps_kernels.tuning.agreement import Seen
 from fps_kernels.tuning.compact_values import SelectedEntries
 from fps_kernels.weights.exchange import Division
-from fps_kernels.weights.shards import Shard, gatherer_of, gradient_rules
+from fps_kernels.weights.shards import Shard, gatherer_of, gradient_rules, local_part
 
 # Its name before torch 2.14, and since.
 _REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
@@ -89,9 +89,13 @@ class ShardedEntries(SelectedEntries):
             self.__dict__["leaf"] = torch.zeros(1, device=self.shard.device).expand(self.selection.nnz).requires_grad_()
         seen = Seen(self, self.values, weight)
         seen.values = self.leaf
-        seen.numbers = self.values._local_tensor.detach()[: self._here.nnz]  # type: ignore[attr-defined]
+        seen.numbers = local_part(self.values).detach()[: self._here.nnz]
         seen.stored = self.shard.local
         return seen
+
+    def load(self, values: Tensor) -> None:
+        """Take over this process's part of values ``[nnz]``."""
+        super().load(self.division.own(values))
 
     def follow_shard(self) -> bool:
         """Look where the piece lies now: to convert a model gives its pieces other memory. Whether it had moved."""
@@ -101,17 +105,8 @@ class ShardedEntries(SelectedEntries):
         self.seen.stored = stored
         return True
 
-    def check_place(self) -> None:
-        """Refuse to go on where the model has another weight or other values by now."""
-        owner, leaf, weight = self._place[0] if self._place else (None, "", self.weight)
-        there = None if owner is None else owner._parameters.get(leaf)
-        if there is not weight and there is not self.shard.parameter:
-            raise ValueError(
-                f"{self.name} was replaced since attach(): its selected values reach no weight. Attach again, after "
-                "whatever replaces parameters"
-            )
-        if self._parameters.get("values") is not self.own:
-            raise ValueError(f"the selected values of {self.name} were replaced since attach(): attach again")
+    def _stands_in(self, found: Any) -> bool:
+        return found is self.shard.parameter  # while the module does not run
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         numbers = self.seen.numbers
@@ -143,27 +138,23 @@ class GradientExchange:
         self._shard = entries[0].shard
         self._task = -1
         self.bytes_sent = 0
-        self._begins: list[int] = []
+        self._lengths = [e.longest for e in entries]
         ranks, nothing = len(self._shard.bounds), sum(e.selection.nnz for e in entries)
-        size = sum(e.longest for e in entries)
-        index = torch.full((ranks, size), nothing, dtype=torch.int64, device="cpu")
+        index = torch.full((ranks, sum(self._lengths)), nothing, dtype=torch.int64, device="cpu")
         at = before = 0
         for e in entries:
             every = torch.arange(before, before + e.selection.nnz, device="cpu")
             for rank, where in enumerate(e.division.parts):
                 part = every[where]
                 index[rank, at : at + part.numel()] = part
-            self._begins.append(at)
             before += e.selection.nnz
             at += e.longest
         small = nothing < 2**31
         self._index = (index.int() if small else index).flatten().to(self._shard.device)
-        self._size = size
         # Gradients are views of one buffer, always the same ones, so that they cost no DTensors in a step.
-        self._buffer = torch.zeros(size, device=entries[0].shard.local.device)
-        self._gradients = [
-            e.distributed(self._buffer[begin : begin + e.longest]) for e, begin in zip(entries, self._begins, strict=True)
-        ]
+        self._buffer = torch.zeros(sum(self._lengths), device=entries[0].shard.local.device)
+        parts = self._buffer.split(self._lengths)
+        self._gradients: list[Any] = [e.distributed(part) for e, part in zip(entries, parts, strict=True)]
         self._hooks: list[Any] = [e.leaf.register_post_accumulate_grad_hook(lambda _: self._queue()) for e in entries]
         self._hooks.append(model.register_forward_hook(self._watch))
 
@@ -199,7 +190,7 @@ class GradientExchange:
             leaf.grad = None
         sent = every.index_select(0, self._index)
         del every
-        mine = torch.empty(self._size, device=sent.device)
+        mine = torch.empty(sum(self._lengths), device=sent.device)
         shard = self._shard
         getattr(dist, _REDUCE_SCATTER)(mine, sent, group=shard.group)
         self.bytes_sent += sent.numel() * sent.element_size()
@@ -210,7 +201,7 @@ class GradientExchange:
         if set(rules.divisors) == {None}:
             mine /= world
         else:
-            for part, divisor in zip(mine.split([e.longest for e in self._entries]), rules.divisors, strict=True):
+            for part, divisor in zip(mine.split(self._lengths), rules.divisors, strict=True):
                 part /= world if divisor is None else divisor
         self._give(mine.to(self._buffer.device))
 
@@ -222,11 +213,10 @@ class GradientExchange:
                 if p.requires_grad:
                     p.grad = gradient
             return
-        for e, p, gradient, begin in zip(self._entries, parameters, self._gradients, self._begins, strict=True):
-            part = mine[begin : begin + e.longest]
+        for p, gradient, part in zip(parameters, self._gradients, mine.split(self._lengths), strict=True):
             own: Any = p.grad
             if own is None:
-                gradient._local_tensor.copy_(part)  # type: ignore[attr-defined]
+                gradient._local_tensor.copy_(part)
                 p.grad = gradient if p.requires_grad else None
             else:
                 own._local_tensor.add_(part)

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from fps_kernels.selection import Selection
@@ -194,6 +195,11 @@ class Tuner:
                 "them and load its file in all"
             )
 
+    def compare_under_ddp(self) -> None:
+        """:meth:`compare_across_processes` where a pass of ``DistributedDataParallel`` is under way."""
+        if (wrapped := DistributedDataParallel._active_ddp_module) is not None:
+            self.compare_across_processes(wrapped.process_group)
+
     def _checksum(self) -> int:
         sums = checksums([e.selection for e in self._entries.values()])
         return zlib.crc32(repr((list(self._entries), sums, list(self.dense))).encode())
@@ -241,11 +247,12 @@ class Tuner:
         """
         if self._exchange is None:
             raise ValueError("no_sync() is for sharded models: use that of DistributedDataParallel")
-        self.model.set_requires_gradient_sync(False)  # type: ignore[operator]
+        model: Any = self.model
+        model.set_requires_gradient_sync(False)
         try:
             yield
         finally:
-            self.model.set_requires_gradient_sync(True)  # type: ignore[operator]
+            model.set_requires_gradient_sync(True)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -254,17 +261,15 @@ class Tuner:
         Raises:
             ValueError: names or shapes that are not this tuner's; nothing is loaded then.
         """
-        compact = self.compact
-        if missing := sorted(compact.keys() ^ state.keys()):
+        self.settle()
+        if missing := sorted(self._entries.keys() ^ state.keys()):
             raise ValueError(f"the state is of another tuner: {missing[0]} is in one of the two only")
         for name, e in self._entries.items():
             if state[name].shape != (e.selection.nnz,):
                 found = list(state[name].shape)
                 raise ValueError(f"the state is of another selection: {name} has {found} values, not [{e.selection.nnz}]")
         for name, e in self._entries.items():
-            values = e.division.own(state[name]) if isinstance(e, ShardedEntries) else state[name]
-            e.seen.numbers.copy_(values)
-        self.write_back()  # also where a weight has changed meanwhile
+            e.load(state[name])
 
     def detach(self) -> None:
         """Leave a plain model with the tuned weights; parameters require gradients as before :func:`attach`.

@@ -49,14 +49,14 @@ def _of_all_processes(shards: dict[str, Shard]) -> dict[str, Tensor]:
     for shard in shards.values():
         p, local = shard.parameter, shard.local
         n = min(_SAMPLED, p.numel())
-        places = torch.arange(n) * p.numel() // max(n, 1)
+        places = torch.arange(n, device="cpu") * p.numel() // max(n, 1)
         step = math.prod(p.shape[shard.dim + 1 :])
         first, last = shard.bounds[shard.rank]
         row = places // step % p.shape[shard.dim] if n else places
         inside = (row >= first) & (row < last)
         outer, rest = places // (step * max(p.shape[shard.dim], 1)), places % max(step, 1)
         here = (outer * (last - first) + row - first) * step + rest
-        bits = torch.zeros(n, dtype=torch.int32)
+        bits = torch.zeros(n, dtype=torch.int32, device="cpu")
         if bool(inside.any()) and p.is_floating_point():
             numbers = local.reshape(-1)[here[inside].to(local.device)].to(torch.bfloat16).cpu()
             bits[inside] = numbers.view(torch.int16).int()

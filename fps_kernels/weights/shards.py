@@ -50,7 +50,7 @@ class Shard:
     name: str
     owner: nn.Module
     leaf: str
-    parameter: nn.Parameter
+    parameter: Any  # a DTensor and an nn.Parameter
     dim: int
     bounds: tuple[tuple[int, int], ...]
     rank: int
@@ -82,7 +82,7 @@ class Shard:
     @property
     def local(self) -> Tensor:
         """The piece itself, as a plain tensor that shares its memory."""
-        held: Tensor = self.parameter._local_tensor  # type: ignore[attr-defined]
+        held = local_part(self.parameter)
         first, last = self.bounds[self.rank]
         shape = list(self.parameter.shape)
         shape[self.dim] = last - first
@@ -91,7 +91,7 @@ class Shard:
     @property
     def device(self) -> torch.device:
         """Where processes exchange tensors: that of the mesh, also where pieces are kept in main memory."""
-        kind = self.parameter.device_mesh.device_type  # type: ignore[attr-defined]
+        kind: str = self.parameter.device_mesh.device_type
         return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
 
     def piece(self, layout: MatrixLayout, rank: int | None = None) -> Piece:
@@ -130,20 +130,21 @@ def unsharded_parameters(modules: Iterable[nn.Module], shards: Mapping[str, Shar
         ValueError: one that no module brings in, or that is no plain parameter then.
     """
     found: dict[str, nn.Parameter] = {}
+    module: Any
     for module in dict.fromkeys(modules):
         if is_fully_sharded(type(module)):
-            module.unshard()  # type: ignore[operator]
+            module.unshard()
             try:
                 for name, shard in shards.items():
                     p = shard.owner._parameters[shard.leaf]
                     if p is not None and p is not shard.parameter:
                         found[name] = p
             finally:
-                module.reshard()  # type: ignore[operator]
+                module.reshard()
     for name in shards:
         if name not in found:
             raise ValueError(f"{name} is a DTensor that fully_shard does not gather: apply fully_shard to the whole model")
-        if isinstance(found[name], Tensor) and hasattr(found[name], "device_mesh"):
+        if hasattr(found[name], "device_mesh"):
             raise ValueError(f"{name} is cut by tensor parallelism as well, which is not served")
     return found
 
@@ -178,8 +179,9 @@ def gradient_rules(modules: Iterable[nn.Module]) -> GradientRules:
         RuntimeError: some of them add up gradients now and others do not, or sums of replicas are held back.
     """
     divisors, reducing = [], set()
+    module: Any
     for module in modules:
-        state: Any = module._get_fsdp_state()  # type: ignore[operator]
+        state = module._get_fsdp_state()
         groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
         group = next(group for group in groups if group is not None)
         divisors.append(group.gradient_divide_factor)
@@ -193,7 +195,11 @@ def gradient_rules(modules: Iterable[nn.Module]) -> GradientRules:
 
 
 def gatherer_of(name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
-    """The module that brings in a sharded parameter: the innermost one around it that ``fully_shard`` was applied to."""
+    """The module that brings in a sharded parameter: the innermost one around it that ``fully_shard`` was applied to.
+
+    Raises:
+        ValueError: there is none.
+    """
     path = name
     while path:
         path = path.rpartition(".")[0]

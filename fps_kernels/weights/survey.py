@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -164,10 +165,10 @@ def _has_names_of_its_own(kind: type[nn.Module]) -> bool:
     return not own or issubclass(kind, torch.jit.ScriptModule)
 
 
-def _reshard(module: nn.Module) -> None:
+def _reshard(module: Any) -> None:
     """The root of a sharded model keeps its parameters whole between a forward pass and a backward pass."""
     if is_fully_sharded(type(module)):
-        module.reshard()  # type: ignore[operator]
+        module.reshard()
 
 
 def _enumerated(names: list[str]) -> str:

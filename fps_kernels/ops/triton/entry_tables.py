@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fps_kernels.ops.triton.factors import share_factors
+from fps_kernels.ops.triton.factors import factors_by_row, share_factors, shared_factors
+from fps_kernels.ops.triton.floats import score_key
 from fps_kernels.ops.triton.tables import block_map, device_table
 from fps_kernels.ops.triton.target import AS_WRITTEN, register_limit
 
@@ -71,3 +72,53 @@ def options_of(kind: Kind, device: torch.device) -> dict[str, Any]:
         **AS_WRITTEN,
         **register_limit(device, 255),
     }
+
+
+@triton.jit
+def tensor_of_program(table_ptr, map_ptr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Which tensor a program has rows of, which of its rows is the first, and the fields of the table."""
+    entry = tl.load(map_ptr + tl.program_id(0))  # tensor << 32 | number of the program within it
+    tensor = entry >> 32
+    fields = table_ptr + tensor * FIELDS
+    W_ptr = tl.load(fields).to(tl.pointer_type(DTYPE))
+    a_ptr = tl.load(fields + 1).to(tl.pointer_type(tl.float32))
+    O = tl.load(fields + 2).to(tl.int32)
+    C = tl.load(fields + 3).to(tl.int32)
+    stride_o = tl.load(fields + 4)
+    stride_c = tl.load(fields + 5)
+    rows_per_group = tl.load(fields + 6).to(tl.int32)
+    rows_per_program = tl.load(fields + 7).to(tl.int32)
+    if ALIGNED:  # promises that hold for this kind of tensor; nothing is known of numbers read from a table
+        W_ptr = tl.multiple_of(W_ptr, 16)
+        a_ptr = tl.multiple_of(a_ptr, 16)
+        stride_o = tl.multiple_of(stride_o, 16)
+        C = tl.multiple_of(C, 16)
+        stride_c = 1
+    first = entry.to(tl.int32) * rows_per_program
+    return tensor, first, W_ptr, a_ptr, O, C, stride_o, stride_c, rows_per_group, rows_per_program
+
+
+@triton.jit
+def tile_keys(
+    W_ptr,
+    a_ptr,
+    rows,
+    first_row,
+    start,
+    O,
+    C,
+    stride_o,
+    stride_c,
+    rows_per_group,
+    SHARED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The keys ``[R, C]`` of some rows from column ``start`` on, -1 outside the matrix, and the columns."""
+    columns = start + tl.arange(0, BLOCK_C)
+    inside = (rows < O)[:, None] & (columns < C)[None, :]
+    w = tl.load(W_ptr + rows[:, None] * stride_o + columns.to(tl.int64)[None, :] * stride_c, mask=inside, other=0.0)
+    if SHARED:
+        key = score_key(w, shared_factors(a_ptr, first_row, columns, C, rows_per_group))
+    else:
+        key = score_key(w, factors_by_row(a_ptr, rows, columns, O, C, rows_per_group))
+    return tl.where(inside, key, -1), columns

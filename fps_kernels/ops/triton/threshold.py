@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fps_kernels.ops.triton.digits import BITS, SHIFTS, digit_of_rank, occurrences
-from fps_kernels.ops.triton.entry_tables import FIELDS, entry_tables, options_of
+from fps_kernels.ops.triton.entry_tables import entry_tables, options_of, tensor_of_program, tile_keys
 from fps_kernels.ops.triton.factors import factors_by_row, share_factors, shared_factors
 from fps_kernels.ops.triton.floats import NAN_KEY, canonical_key, score_key
 from fps_kernels.ops.triton.target import AS_WRITTEN, register_limit
@@ -124,30 +124,15 @@ def _histogram(
     atomics, whose order changes nothing; tiles without a candidate, nearly all in the last passes, skip the counting.
     """
     BINS: tl.constexpr = 1 << BITS
-    entry = tl.load(map_ptr + tl.program_id(0))  # tensor << 32 | number of the program within it
-    tensor = entry >> 32
-    fields = table_ptr + tensor * FIELDS
-    W_ptr = tl.load(fields).to(tl.pointer_type(DTYPE))
-    a_ptr = tl.load(fields + 1).to(tl.pointer_type(tl.float32))
-    O = tl.load(fields + 2).to(tl.int32)
-    C = tl.load(fields + 3).to(tl.int32)
-    stride_o = tl.load(fields + 4)
-    stride_c = tl.load(fields + 5)
-    rows_per_group = tl.load(fields + 6).to(tl.int32)
-    rows_per_program = tl.load(fields + 7).to(tl.int32)
-    if ALIGNED:  # promises that hold for this kind of tensor; nothing is known of numbers read from a table
-        W_ptr = tl.multiple_of(W_ptr, 16)
-        a_ptr = tl.multiple_of(a_ptr, 16)
-        stride_o = tl.multiple_of(stride_o, 16)
-        C = tl.multiple_of(C, 16)
-        stride_c = 1
+    tensor, first, W_ptr, a_ptr, O, C, stride_o, stride_c, rows_per_group, rows_per_program = tensor_of_program(
+        table_ptr, map_ptr, DTYPE, ALIGNED
+    )
     if FIRST:
         prefix = 0
     else:
         prefix = tl.load(state_ptr).to(tl.int32)
     counts = tl.zeros([BINS], tl.int32)
     above = tl.zeros([BLOCK_R], tl.int32)
-    first = entry.to(tl.int32) * rows_per_program
     last = tl.minimum(first + rows_per_program, O)
     for start in range(first, last, BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)  # [R]
@@ -218,32 +203,6 @@ def _counts(own_ptr, state_ptr, threshold_ptr, greater_ptr, equal_ptr, BITS: tl.
 
 
 @triton.jit
-def _tile_keys(
-    W_ptr,
-    a_ptr,
-    rows,
-    first_row,
-    start,
-    O,
-    C,
-    stride_o,
-    stride_c,
-    rows_per_group,
-    SHARED: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The keys ``[R, C]`` of some rows from column ``start`` on, -1 outside the matrix, and the columns."""
-    columns = start + tl.arange(0, BLOCK_C)
-    inside = (rows < O)[:, None] & (columns < C)[None, :]
-    w = tl.load(W_ptr + rows[:, None] * stride_o + columns.to(tl.int64)[None, :] * stride_c, mask=inside, other=0.0)
-    if SHARED:
-        key = score_key(w, shared_factors(a_ptr, first_row, columns, C, rows_per_group))
-    else:
-        key = score_key(w, factors_by_row(a_ptr, rows, columns, O, C, rows_per_group))
-    return tl.where(inside, key, -1), columns
-
-
-@triton.jit
 def _count_rows(
     W_ptr,
     a_ptr,
@@ -268,7 +227,7 @@ def _count_rows(
     above = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
     tied = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
     for start in range(0, C, BLOCK_C):
-        key, _ = _tile_keys(W_ptr, a_ptr, rows, first_row, start, O, C, stride_o, stride_c, rows_per_group, SHARED, BLOCK_C)
+        key, _ = tile_keys(W_ptr, a_ptr, rows, first_row, start, O, C, stride_o, stride_c, rows_per_group, SHARED, BLOCK_C)
         above += (key > threshold).to(tl.int32)
         tied += (key == threshold).to(tl.int32)
     tl.store(counts_ptr + rows, tl.sum(above, 1), mask=rows < O)
@@ -329,7 +288,7 @@ def _fill_rows(
     slot = tl.load(row_offsets_ptr + rows, mask=rows < O, other=0)  # [R] where the row's next column goes
     ties_left = tl.load(ties_left_ptr + rows, mask=rows < O, other=0)  # [R] int64
     for start in range(0, C, BLOCK_C):
-        key, columns = _tile_keys(
+        key, columns = tile_keys(
             W_ptr, a_ptr, rows, first_row, start, O, C, stride_o, stride_c, rows_per_group, SHARED, BLOCK_C
         )
         tied = (key == threshold).to(tl.int32)
