@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fps_kernels import ops
-from fps_kernels.choosing.feeding import Forward, UnsupportedInputError, ordinary_tensors, run_forward
+from fps_kernels.choosing.feeding import AT_ONCE, Forward, UnsupportedInputError, ordinary_tensors, run_forward
 from fps_kernels.choosing.finite_checks import FiniteCheck, check_finite
 from fps_kernels.choosing.statistics import ActivationStats, WeightStats, combine
 from fps_kernels.ops import BackendUnavailableError, backend_for, native
@@ -121,6 +121,7 @@ def calibrate(
     forward: Forward | None = None,
     micro_batch: int | None = None,
     max_batches: int | None = None,
+    batches_at_once: int = AT_ONCE,
     progress: bool | None = None,
 ) -> ActivationStats:
     """Run the model forward over the data once and sum the column norms of every weight's input.
@@ -139,6 +140,7 @@ def calibrate(
             rounding. The first tensor of a batch tells how many samples it has; every tensor whose first dimension is
             that long is split.
         max_batches: stop after so many batches.
+        batches_at_once: of :func:`select`.
         progress: show a progress bar; ``None`` shows it on a terminal.
 
     Returns:
@@ -155,7 +157,10 @@ def calibrate(
     if ord not in ops.ORDS:
         raise ValueError(f"ord must be 1, 2 or inf, got {ord}")
     with ordinary_tensors():
-        stats, checks = unchecked_statistics(Survey.of(model), data, ord, forward, micro_batch, max_batches, progress)
+        survey = Survey.of(model)
+        stats, checks = unchecked_statistics(
+            survey, data, ord, forward, micro_batch, max_batches, progress, at_once=batches_at_once
+        )
         check_finite(checks)
         return stats
 
@@ -169,12 +174,14 @@ def unchecked_statistics(
     max_batches: int | None,
     progress: bool | None,
     on_complete: Callable[[str, WeightStats], None] | None = None,
+    at_once: int = AT_ONCE,
 ) -> tuple[ActivationStats, list[FiniteCheck]]:
     """:func:`calibrate` without having looked whether activations were finite: whoever goes on looks at that later.
 
     Args:
-        on_complete: told, while the last piece is fed, of each weight whose statistics are whole by then, unless it is used
-            once more; the weight itself is still there.
+        on_complete: of an offloaded model, told, while the last piece is fed, of each weight whose statistics are whole by
+            then, unless it is used once more; the weight itself is still there.
+        at_once: of :func:`run_forward`.
     """
     accumulators: dict[str, _Accumulator] = {}
     check_sharding(survey)
@@ -195,10 +202,15 @@ def unchecked_statistics(
             accumulator.add(use, ord)
         except TypeError as error:
             raise UnsupportedInputError(f"the input of {use.name}: {error}") from error
-        if last and on_complete is not None and not isinstance(stats := accumulator.finish(ord), str):
+        if is_last and on_complete is not None and not isinstance(stats := accumulator.finish(ord), str):
             on_complete(use.name, stats)
 
-    last: list[bool] = []
+    is_last = False
+
+    def on_turn(last: bool) -> None:
+        nonlocal is_last
+        is_last = last
+
     uses = run_forward(
         survey,
         data,
@@ -208,7 +220,8 @@ def unchecked_statistics(
         micro_batch=micro_batch,
         max_batches=max_batches,
         progress=progress,
-        on_last=None if on_complete is None else lambda: last.append(True),
+        on_turn=on_turn,
+        at_once=at_once,
     )
     weights: dict[str, WeightStats] = {}
     unused = {}

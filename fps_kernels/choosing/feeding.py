@@ -4,6 +4,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
+from fps_kernels.choosing.in_step import in_step
+from fps_kernels.weights.hidden_functions import listening
 from fps_kernels.weights.matrix import unfit
+from fps_kernels.weights.offloading import Presence
 from fps_kernels.weights.survey import Survey
 from fps_kernels.weights.uses import Uses, WeightUse
 from fps_kernels.weights.watched_weight import Taker
@@ -19,6 +23,9 @@ from fps_kernels.weights.watching import WeightInterception
 
 Forward = Callable[[nn.Module, Any], Any]
 T = TypeVar("T")
+
+AT_ONCE = 32
+"""Batches that go through an offloaded model together, if nobody says how many."""
 
 
 class UnsupportedInputError(TypeError):
@@ -82,17 +89,21 @@ def run_forward(
     max_batches: int | None,
     progress: bool | None,
     takers: Mapping[str, Taker] | None = None,
-    on_last: Callable[[], None] | None = None,
+    on_turn: Callable[[bool], object] = lambda is_last: None,
+    at_once: int = AT_ONCE,
 ) -> Uses:
     """Feed the data through the model without gradients, with every use of a weight reported to ``on_use``.
 
     Args:
         takers: of :class:`WeightInterception`.
-        on_last: called before the last piece of the last batch is fed; for that the batch after each is read ahead.
+        on_turn: of offloaded weights, told whether the piece that goes on is the last one.
+        at_once: if weights are offloaded, how many pieces go through the model together, block by block.
 
     Returns:
         Where else weights went.
     """
+    if at_once < 1:
+        raise ValueError(f"batches_at_once must be at least 1, got {at_once}")
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
     if max_batches is not None and max_batches < 1:
@@ -102,28 +113,49 @@ def run_forward(
     parameters = {name: p for name in survey.matrices if unfit(p := multiplied[name]) is None}
     owners = [(survey.tied.get(name, name), *owner) for name, owner in survey.offloaded.items()]
     interception = WeightInterception(parameters, on_use, owners, takers)
+
+    def run(index: int, piece: Any) -> None:
+        with listening(interception.note_hidden), explained(index, piece):  # in a thread of its own
+            feed(model, piece)
+
     with evaluation_mode(survey), torch.no_grad(), uncompiled():
         batches = enumerate(itertools.islice(batches_of(data, "calibrate", progress), max_batches))
         pieces = (
             (index, piece) for index, batch in batches for piece in split_batch(to_device(batch, survey.device), micro_batch)
         )
-        for (index, piece), last in ((one, False) for one in pieces) if on_last is None else _with_last(pieces):
-            if last and on_last is not None:
-                on_last()
-            with interception, explained(index, piece):
-                feed(model, piece)
+        if not survey.offloaded:
+            for index, piece in pieces:
+                with interception, explained(index, piece):
+                    feed(model, piece)
+            return interception
+        presence = Presence(model)
+        for together, are_last in _rounds(pieces, at_once):
+            last = len(together) - 1 if are_last else -1
+            shown = tqdm(
+                total=len(presence.blocks),
+                desc=f"{len(together)} at once",
+                unit="block",
+                disable=None if progress is None else not progress,
+            )
+            with shown as bar, interception:
+                in_step(
+                    [partial(run, *one) for one in together],
+                    presence,
+                    survey.device,
+                    on_turn=lambda number, last=last: on_turn(number == last),  # type: ignore[misc]
+                    on_block=lambda block, bar=bar: bar.update(),  # type: ignore[misc]
+                )
     return interception
 
 
-def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Each item, and whether it is the last one."""
-    before: list[T] = []
-    for item in items:
-        if before:
-            yield before.pop(), False
-        before.append(item)
-    if before:
-        yield before.pop(), True
+def _rounds(items: Iterable[T], size: int) -> Iterator[tuple[list[T], bool]]:
+    """So many items at a time, and whether they are the last ones."""
+    left = iter(items)
+    ahead = list(itertools.islice(left, size))
+    while ahead:
+        together, ahead = ahead, list(itertools.islice(left, 1))
+        yield together, not ahead
+        ahead += itertools.islice(left, size - 1) if ahead else ()
 
 
 def uncompiled() -> Any:

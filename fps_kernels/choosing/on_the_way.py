@@ -1,6 +1,6 @@
 """Choosing from weights that are brought in from elsewhere while they are there for the last batch.
 
-A weight that has to be read from a disk is read once for each batch, then, and not once more for its choice.
+A weight that has to be read from a disk is read once for the batches that go together, and not once more for its choice.
 """
 
 from collections.abc import Mapping

@@ -13,7 +13,7 @@ from fps_kernels.choosing.best_entries import best_entries
 from fps_kernels.choosing.budgets import Budget, PerNeuron, ScoredWeight, check_budget
 from fps_kernels.choosing.calibration import merged_statistics, unchecked_statistics
 from fps_kernels.choosing.candidates import eligible_weights, usable_layouts
-from fps_kernels.choosing.feeding import Forward, ordinary_tensors
+from fps_kernels.choosing.feeding import AT_ONCE, Forward, ordinary_tensors
 from fps_kernels.choosing.finite_checks import FiniteCheck, check_finite
 from fps_kernels.choosing.on_the_way import OnTheWay
 from fps_kernels.choosing.scorers import FPS, ColumnScorer, Random, Scorer
@@ -43,6 +43,7 @@ def select(
     micro_batch: int | None = None,
     process_group: Any = None,
     checkpoint: str | PathLike[str] | None = None,
+    batches_at_once: int = AT_ONCE,
     progress: bool | None = None,
 ) -> Selection:
     """Choose the entries worth tuning: one forward pass, no labels, no loss, no score matrix.
@@ -54,8 +55,8 @@ def select(
 
     Args:
         model: any module whose parameters hold values, or whose weights accelerate keeps in main memory or on disk: each
-            of them is brought in once a batch, and chosen from in the last one. It is left as it was found. What was
-            found by looking at it before will do.
+            of them is brought in once for ``batches_at_once`` batches, and chosen from in the last one. It is left as it
+            was found. What was found by looking at it before will do.
         data: calibration batches, as :func:`calibrate` takes them.
         scorer: what makes an entry worth tuning; :class:`FPS` by default.
         budget: how many entries; ``PerNeuron(1)`` by default.
@@ -71,6 +72,9 @@ def select(
         checkpoint: of a model that was built without memory (``accelerate.init_empty_weights()``): a safetensors file, an
             index of several, or a folder with either. Weights stay there, and are read when their module runs (needs
             accelerate).
+        batches_at_once: of a model whose weights are kept elsewhere: how many batches, or pieces of ``micro_batch``, go
+            through it together, block by block, so that a block is brought in once for all of them. Meanwhile each holds
+            its input and what it has computed between two blocks; 1 is one after the other.
         progress: show a progress bar; ``None`` shows it on a terminal.
 
     Returns:
@@ -110,6 +114,7 @@ def select(
             forward,
             micro_batch,
             _several(process_group),
+            batches_at_once,
             progress,
         )
 
@@ -145,6 +150,7 @@ def _select(
     forward: Forward | None,
     micro_batch: int | None,
     group: Any,
+    at_once: int,
     progress: bool | None,
 ) -> Selection:
     check_sharding(survey)
@@ -163,7 +169,7 @@ def _select(
             owners = {name: owner for name, owner in survey.offloaded.items() if name in eligible}
             on_the_way = OnTheWay(owners, scorer, budget, ord)
         on_complete = None if on_the_way is None else on_the_way.choose
-        stats, checks = unchecked_statistics(survey, data, ord, forward, micro_batch, most, progress, on_complete)
+        stats, checks = unchecked_statistics(survey, data, ord, forward, micro_batch, most, progress, on_complete, at_once)
         if group is not False:
             checks = merged_statistics(stats, group)
     elif scorer.ord is not None and stats.ord != scorer.ord:

@@ -16,7 +16,7 @@ from fps_kernels.choosing.statistics import ActivationStats
 from fps_kernels.memory import measure
 from fps_kernels.runs.images import ImageSet, Reading, as_seen_by, sample, training_images
 from fps_kernels.runs.models import Loaded
-from fps_kernels.runs.processes import Processes
+from fps_kernels.runs.processes import Processes, speaks
 from fps_kernels.runs.progress import progress_bar
 from fps_kernels.selection import Selection
 
@@ -96,7 +96,8 @@ def choose(loaded: Loaded, images: ImageSet, choice: Choice, reading: Reading, p
         ValueError: see :func:`fps_kernels.select`; images that cannot be read.
     """
     processes = Processes() if processes is None else processes
-    with progress_bar() as progress:
+    # Batches of a model that stays in its files are read all at once, then go through it: select() tells how far they are.
+    with progress_bar(shown=loaded.files is None) as progress:
 
         def batches(source: ImageSet, label: str) -> Iterator[Tensor]:
             count, places = sample(len(source), choice.most, choice.batch_size, choice.seed)
@@ -119,7 +120,7 @@ def choose(loaded: Loaded, images: ImageSet, choice: Choice, reading: Reading, p
                 dense=choice.dense if loaded.files is None else choice.dense or loaded.heads,
                 checkpoint=loaded.files,
                 micro_batch=choice.micro_batch,
-                progress=False,
+                progress=None if loaded.files is not None and speaks() else False,
             )
 
         from torch import _dynamo  # noqa: F401  select() needs it; the seconds of its first import are none of the choice's

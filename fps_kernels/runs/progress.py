@@ -32,10 +32,13 @@ def warnings_in_lines() -> Iterator[None]:
         warn(str(warning.message))
 
 
-def progress_bar() -> Progress:
+def progress_bar(*, shown: bool = True) -> Progress:
     """A bar with the time left, on standard error; nothing where that is no terminal.
 
     Tasks have the field ``status``, a few words behind the bar.
+
+    Args:
+        shown: ``False`` where somebody else shows what goes on.
     """
     console = Console(stderr=True)
     columns = (
@@ -46,4 +49,6 @@ def progress_bar() -> Progress:
         TextColumn("{task.fields[status]}", markup=False),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, transient=True, disable=not (console.is_terminal and speaks()), expand=True)
+    return Progress(
+        *columns, console=console, transient=True, disable=not (shown and console.is_terminal and speaks()), expand=True
+    )

@@ -3,6 +3,7 @@ for bit."""
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -90,7 +91,9 @@ def optimizers() -> None:
         selection = chosen(budget=budget)
         for optimizer, clip in ((masked, 0.0), (zeroing, 0.0), (adamw, 0.0), (sgd, 0.0), (masked, 0.01), (adamw, 0.01)):
             (one, tuner, made), (cut, pieces, many) = (way(optimizer, selection, clip=clip) for way in (alone, together))
-            assert largest_difference(one, cut) == 0, (optimizer, clip)
+            # A norm over processes is one of their norms: it is rounded in another order than that of one process.
+            same = partial(torch.allclose, rtol=1e-3, atol=2e-5) if clip else torch.equal
+            assert largest_difference(one, cut) <= (2e-5 if clip else 0), (optimizer, clip)
             found = whole(cut)
             for name, w in selection.items():
                 mask = w.mask()
@@ -98,12 +101,12 @@ def optimizers() -> None:
                 assert not w.nnz or not torch.equal(found[name][mask], base[name][mask]), name
             values = pieces.state_dict()
             for name, expected in tuner.state_dict().items():
-                assert torch.equal(values[name], expected), name
+                assert same(values[name], expected), name
             if optimizer is masked:
                 states, expected_states = many.state_dict(), made.state_dict()
                 assert states["param_groups"] == expected_states["param_groups"]
                 for i, of in expected_states["state"].items():
-                    assert all(torch.equal(states["state"][i][key], value) for key, value in of.items())
+                    assert all(same(states["state"][i][key], value) for key, value in of.items())
             rows = sum(p.to_local().numel() for p in pieces.compact.values())
             assert rows < 0.7 * selection.nnz + 4 * len(selection)  # of each weight this process has its part
     leave()
