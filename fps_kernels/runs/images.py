@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
-from timm.data import ImageDataset, create_dataset, create_transform
+from PIL import Image
+from timm.data import create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
+from fps_kernels.runs.folders import FolderOfClasses, UnreadableImageError, in_mode
+
 _HELD_OUT = ("test", "val", "validation")
-
-
-class UnreadableImageError(ValueError):
-    """An image that cannot be read; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class ImageSet:
 
     Attributes:
         name: what to call it.
-        dataset: timm's or torchvision's.
+        dataset: a folder's, timm's or torchvision's.
         classes: their names, in the order of the labels.
     """
 
@@ -48,33 +46,26 @@ class ImageSet:
         Raises:
             UnreadableImageError: it is no image, damaged, or has no label.
         """
+        if isinstance(self.dataset, FolderOfClasses):
+            return self.dataset.read(index, mode), self.dataset.labels[index]
         try:
-            if isinstance(self.dataset, ImageDataset):  # which itself would skip what it cannot read
-                file, target = self.dataset.reader[index][:2]
-                with file:
-                    image = Image.open(file).convert(mode)
-            else:
-                image, target = self.dataset[index]
-                image = image.convert(mode)
-        except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            reason = "it is no image that PIL knows" if isinstance(error, UnidentifiedImageError) else str(error)
-            raise UnreadableImageError(f"{self._place(index)} cannot be read: {reason}") from error
+            image, target = self.dataset[index]
+            image = in_mode(image, mode)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UnreadableImageError(f"{self._place(index)} cannot be read: {error}") from error
         if not isinstance(target, int) or not 0 <= target < max(len(self.classes), 1):
             raise UnreadableImageError(f"{self._place(index)} has the label {target!r}, not one of {len(self.classes)}")
         return image, target
 
     def _place(self, index: int) -> str:
-        if isinstance(self.dataset, ImageDataset):
-            return str(self.dataset.filename(index, absolute=True))
         return f"image {index} of {self.name}"
 
     def digest(self) -> str:
         """Changes with the names, the number and the labels of the images."""
         found = hashlib.sha256(f"{len(self)} {self.classes}".encode())
-        samples = getattr(getattr(self.dataset, "reader", None), "samples", None)
-        root = str(getattr(getattr(self.dataset, "reader", None), "root", ""))
-        for path, target in samples or ():
-            found.update(f"{os.path.relpath(path, root)} {target}\n".encode(errors="surrogateescape"))
+        if isinstance(self.dataset, FolderOfClasses):
+            for path, target in zip(self.dataset.files, self.dataset.labels, strict=True):
+                found.update(f"{os.path.relpath(path, self.dataset.root)} {target}\n".encode(errors="surrogateescape"))
         return found.hexdigest()
 
 
@@ -90,11 +81,8 @@ def open_split(data: str, split: str, root: Path | None = None, download: bool =
         place = folder / split if split else folder
         if not place.is_dir():
             raise ValueError(f"{data} has no folder {split}")
-        try:
-            dataset = create_dataset("", root=str(place), search_split=False)
-        except RuntimeError as error:
-            raise ValueError(f"there is no image in {place}") from error
-        return ImageSet(str(place), dataset, tuple(dataset.reader.class_to_idx))
+        images = FolderOfClasses.of(place)
+        return ImageSet(str(place), images, images.classes)
     kind, _, rest = data.partition("/")
     if kind.lower() not in ("torch", "hfds") or not rest:
         raise ValueError(f"there is no folder {data}; data sets of timm are named torch/cifar10 or hfds/NAME")
@@ -113,14 +101,15 @@ def open_split(data: str, split: str, root: Path | None = None, download: bool =
 
 
 def training_images(data: str, split: str | None, root: Path | None, download: bool) -> ImageSet:
-    """The training split; of a folder without a folder ``train``, all images.
+    """The training split; of a folder without a folder ``train``, all images, which need no classes.
 
     Raises:
         ValueError: see :func:`open_split`.
     """
-    if split is None:
-        split = "" if Path(data).is_dir() and not (Path(data) / "train").is_dir() else "train"
-    return open_split(data, split, root, download)
+    if split is None and Path(data).is_dir() and not (Path(data) / "train").is_dir():
+        images = FolderOfClasses.unlabelled(Path(data))
+        return ImageSet(data, images, images.classes)
+    return open_split(data, split or "train", root, download)
 
 
 def training_and_test_images(
@@ -144,11 +133,10 @@ def training_and_test_images(
     if train.classes != test.classes:
         if others := sorted(set(test.classes) - set(train.classes)):
             raise ValueError(f"{test.name} has the class {others[0]!r}, which {train.name} lacks")
-        if not isinstance(test.dataset, ImageDataset):
+        if not isinstance(test.dataset, FolderOfClasses):
             raise ValueError(f"the classes of {train.name} and {test.name} differ")
         labels = {name: i for i, name in enumerate(train.classes)}
-        dataset = create_dataset("", root=test.dataset.reader.root, search_split=False, class_map=labels)
-        test = ImageSet(test.name, dataset, train.classes)
+        test = ImageSet(test.name, test.dataset.with_labels(labels), train.classes)
     return train, test
 
 

@@ -95,7 +95,18 @@ def test_sdist_builds_one_wheel_for_every_python_which_runs_outside_the_reposito
 
     # Unoptimised, which compiles in a quarter of the time: the rest of the suite runs the build that is installed.
     quick = ("--config-settings", "cmake.build-type=Debug")
-    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", *quick, "--wheel-dir", tmp_path, archive)
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        *quick,
+        "--wheel-dir",
+        tmp_path,
+        archive,
+    )
     built = run(tmp_path, *pip, FPS_REQUIRE_NATIVE="1")
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*-py3-none-*.whl")
