@@ -6,6 +6,9 @@ interrupted (143 if by SIGTERM).
 
 import os
 import sys
+from typing import Annotated
+
+from fps_kernels._version import __version__
 
 
 def main() -> None:
@@ -21,13 +24,21 @@ def main() -> None:
         from fps_kernels.cli.select import select
         from fps_kernels.cli.tune import tune
     except ImportError as error:
-        print(f"error: the command line needs {error.name}: pip install 'fps-kernels-torch[cli]'", file=sys.stderr)
+        package = str(error.name).partition(".")[0]
+        print(f"error: the command line needs {package}: pip install {package}", file=sys.stderr)
         sys.exit(2)
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
+    def version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(__version__)
+            raise typer.Exit
+
     @app.callback()
-    def fps_kernels() -> None:
+    def fps_kernels(
+        version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print it.")] = False,
+    ) -> None:
         """Choose the few weights worth tuning in one forward pass, and tune only those."""
 
     for command in (select, tune, apply, inspect, compare, plan, demo, doctor):

@@ -19,7 +19,7 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
     try:
         import yaml
     except ImportError as error:
-        raise ImportError("--config needs PyYAML: pip install 'fps-kernels-torch[cli]'", name="yaml") from error
+        raise ImportError("--config needs PyYAML: pip install pyyaml", name="yaml") from error
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

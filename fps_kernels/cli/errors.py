@@ -30,7 +30,7 @@ def run(app: typer.Typer) -> int:
     except Exception as error:
         if not _is_the_users(error):
             raise
-        return _tell((str(error) or type(error).__name__) + _hint(error), 2)
+        return _tell(_text(error) + _hint(error), 2)
 
 
 def _is_the_users(error: Exception) -> bool:
@@ -41,11 +41,26 @@ def _is_the_users(error: Exception) -> bool:
     return isinstance(error, ValueError | TypeError | ImportError | OSError | SafetensorError | torch.OutOfMemoryError)
 
 
+def _text(error: Exception) -> str:
+    missing = "No such file or directory: "  # what safetensors says, without the number of the error
+    if isinstance(error, FileNotFoundError) and (error.filename is not None or str(error).startswith(missing)):
+        return f"there is no file or folder {error.filename or str(error).removeprefix(missing)}"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
 def _hint(error: Exception) -> str:
     """What brings a package that is missing, where the message does not say it."""
     if isinstance(error, ModuleNotFoundError) and "pip install" not in str(error):
-        return f"; the command needs {error.name}: pip install 'fps-kernels-torch[cli]'"
+        return f"; the command needs {error.name}: pip install {distribution_of(error.name)}"
     return ""
+
+
+def distribution_of(module: str | None) -> str:
+    """What brings a module that is missing."""
+    package = str(module).partition(".")[0]
+    return {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}.get(package, package)
 
 
 def _tell(text: str, code: int, label: str = "error") -> int:

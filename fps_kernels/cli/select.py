@@ -81,7 +81,8 @@ def select(
     if json:
         about = {"file": str(output), "entries": selection.nnz, "density": selection.density}
         rows = selection.summary()
-        print_json({**about, "trained_whole": len(selection.dense), **described, **cost, "weights": rows})
+        numbers = {"image_size": int(side), "images": chosen.images}
+        print_json({**about, "trained_whole": len(selection.dense), **described, **numbers, **cost, "weights": rows})
         return
     print_selection(f"{model}: {described['scorer']}, {described['budget']}, {chosen.images} images", selection)
     typer.echo(

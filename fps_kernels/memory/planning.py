@@ -152,7 +152,7 @@ def plan(
         if method not in METHODS:
             raise ValueError(f"methods must be of {', '.join(METHODS)}, got {method!r}")
     if not has_peft and any(method.startswith("LoRA") for method in chosen):
-        raise ImportError("planning LoRA needs peft: pip install 'fps-kernels-torch[peft]'")
+        raise ImportError("planning LoRA needs peft: pip install peft")
     create, size, name = _model(model, input_size)
     cost = partial(_cost, create, size, dtype, k, forward)
     costs = []

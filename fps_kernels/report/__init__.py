@@ -87,9 +87,7 @@ def report(
 
         from fps_kernels.report import figures
     except ImportError as error:
-        raise ImportError(
-            f"the report needs {error.name}: pip install 'fps-kernels-torch[report]'", name=error.name
-        ) from error
+        raise ImportError("the report needs plotly: pip install plotly", name=error.name) from error
     if not selection.nnz:
         raise ValueError(f"{about.get('file', 'the selection')} has no chosen entries to draw")
     layers = layers_of(selection, None if against is None else against[1])

@@ -78,6 +78,8 @@ def open_split(data: str, split: str, root: Path | None = None, download: bool =
     """
     folder = Path(data)
     if folder.is_dir():
+        if root is not None:
+            raise ValueError(f"--data-root {root} says where a named data set lies, and {data} is a folder: leave it out")
         place = folder / split if split else folder
         if not place.is_dir():
             raise ValueError(f"{data} has no folder {split}")
@@ -106,7 +108,7 @@ def training_images(data: str, split: str | None, root: Path | None, download: b
     Raises:
         ValueError: see :func:`open_split`.
     """
-    if split is None and Path(data).is_dir() and not (Path(data) / "train").is_dir():
+    if split is None and root is None and Path(data).is_dir() and not (Path(data) / "train").is_dir():
         images = FolderOfClasses.unlabelled(Path(data))
         return ImageSet(data, images, images.classes)
     return open_split(data, split or "train", root, download)

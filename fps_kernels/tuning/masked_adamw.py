@@ -304,6 +304,10 @@ class MaskedAdamW(Optimizer):
             cached = self._learning_rates[device] = (values, uploaded(values, torch.float64, device))
         return cached[1]
 
+    def __repr__(self) -> str:
+        lines = super().__repr__().splitlines()
+        return "\n".join(line for line in lines if not line.lstrip().startswith("checksums:"))
+
     def state_dict(self) -> dict[str, Any]:
         """The state, as ``torch.optim.Optimizer.state_dict`` gives it.
 

@@ -112,7 +112,7 @@ def test_errors_are_one_line(files):
     good, broken, missing = (folder / f"{name}.safetensors" for name in ("delta", "broken", "missing"))
     for arguments, message in (
         (("inspect", broken), "is no safetensors file"),
-        (("inspect", missing), "No such file"),
+        (("inspect", missing), "there is no file or folder"),
         (("inspect", good, "--run", folder), "--against and --run go with --html"),
         (("inspect", good, "--html", folder), "is a folder, not a file to write"),
         (("inspect", good, "--html", folder / "nowhere" / "r.html"), "there is no folder"),
@@ -120,7 +120,7 @@ def test_errors_are_one_line(files):
         (("compare", good, broken), "is no safetensors file"),
         (("apply", good, broken, folder / "out.safetensors"), "header"),
         (("apply", folder / "first.safetensors", good, folder / "out.safetensors"), "holds no delta"),
-        (("apply", good, missing, folder / "out.safetensors"), "No such file"),
+        (("apply", good, missing, folder / "out.safetensors"), "there is no file or folder"),
         (("plan", "vit_nothing"), "timm has no model 'vit_nothing'"),
         (("plan", "test_vit", "--gpu-memory", "much"), "'much' is no amount of memory"),
         (("plan", "test_vit", "--dtype", "fp8"), "--dtype must be one of"),

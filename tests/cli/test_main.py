@@ -40,11 +40,11 @@ def test_help_has_an_example(command):
 def test_a_missing_package_names_what_brings_it(tmp_path):
     (tmp_path / "options.yaml").write_text("json: true")
     for package, arguments, message in (
-        ("typer", ["--help"], "the command line needs typer: pip install 'fps-kernels-torch[cli]'"),
+        ("typer", ["--help"], "the command line needs typer: pip install typer"),
         (
             "yaml",
             ["doctor", "--config", tmp_path / "options.yaml"],
-            "--config needs PyYAML: pip install 'fps-kernels-torch[cli]'",
+            "--config needs PyYAML: pip install pyyaml",
         ),
         ("timm", ["plan", "test_vit"], "timm"),
     ):
@@ -57,7 +57,11 @@ def test_a_missing_package_names_what_brings_it(tmp_path):
         sys.modules.pop("fps_kernels.runs.choice", None)
         done = cli("select", "test_vit", "--data", tmp_path, "--output", tmp_path / "s")
     assert done.code == 2
-    assert "the command needs timm.data: pip install 'fps-kernels-torch[cli]'" in done.message
+    assert "the command needs timm.data: pip install timm" in done.message
+
+
+def test_the_version():
+    assert output("--version") == f"{fps.__version__}\n"
 
 
 def test_no_command_shows_the_help():

@@ -242,7 +242,7 @@ def test_checkpoints_of_another_model(small, checkpoint, tmp_path):
         (["--augment", "cutmix"], "Invalid value for '--augment'"),
         (["--crop-scale", 0], "Invalid value for '--crop-scale'"),
         (["--test-split", "none"], "has no folder none"),
-        (["--selection", "nowhere"], "No such file"),
+        (["--selection", "nowhere"], "there is no file or folder nowhere"),
         (["--lr", 1e30], "the loss is nan at step"),
         (["--output", "/nowhere/t.safetensors"], "there is no folder /nowhere"),
     ],

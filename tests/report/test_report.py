@@ -208,7 +208,7 @@ def test_without_plotly(selections, tmp_path):
     with mock.patch.dict(sys.modules, {"plotly": None, "plotly.offline": None}):
         done = cli("inspect", tmp_path / "a.safetensors", "--html", tmp_path / "r.html")
     assert done.code == 2
-    assert done.message.endswith("pip install 'fps-kernels-torch[report]'")
+    assert done.message.endswith("the report needs plotly: pip install plotly")
     assert not Path(tmp_path / "r.html").exists()
 
 

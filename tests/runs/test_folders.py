@@ -104,3 +104,12 @@ def test_whatever_cannot_be_read_is_named(tmp_path):
     for name in ("long.png", "cut.jpg", "text.png", "missing.png"):
         with pytest.raises(UnreadableImageError, match=f"{name} cannot be read: "):
             read_image(tmp_path / name, "RGB")
+
+
+def test_a_folder_lies_where_it_lies(tmp_path):
+    picture(tmp_path / "train" / "a" / "x.png")
+    for what in (None, "train"):
+        with pytest.raises(
+            ValueError, match=r"--data-root labels\.csv says where a named data set lies, and .* is a folder"
+        ):
+            training_images(str(tmp_path), what, Path("labels.csv"), False)

@@ -177,3 +177,12 @@ def test_betas_are_numbers_or_tensors():
             one.grad = torch.tensor([1.0, 2.0, 3.0])
             optimizer.step()
     assert torch.equal(p, q)
+
+
+def test_it_says_what_it_is_told_and_no_checksums():
+    model = torch.nn.Linear(4, 3)
+    tuner = fps.attach(model, {"weight": torch.eye(3, 4, dtype=torch.bool)})
+    said = repr(fps.MaskedAdamW(tuner, lr=0.5))
+    assert said.startswith("MaskedAdamW (\nParameter Group 0\n")
+    assert "    lr: 0.5\n" in said
+    assert "checksum" not in said
