@@ -47,8 +47,14 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
-class _LiveTensors(TorchDispatchMode):
-    """Adds up the storages that operations create, until each is freed."""
+class LiveTensors(TorchDispatchMode):
+    """Adds up the storages that operations create, until each is freed.
+
+    Attributes:
+        before: bytes of what lived before.
+        live: bytes of what lives now.
+        peak: most bytes that lived at one time.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -57,14 +63,13 @@ class _LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for tensor in pytree.tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                self.existing(tensor)
+        given = _given(args, kwargs)
+        for tensor in given:
+            self.existing(tensor)
         result = func(*args, **kwargs)
-        for tensor in pytree.tree_leaves((result, args)):  # args: an operation may grow an argument in place
-            if isinstance(tensor, Tensor):
-                for storage in _storages(tensor):
-                    self._track(storage)
+        for tensor in (*_given((result,), {}), *given):  # an operation may grow an argument in place
+            for storage in _storages(tensor):
+                self._track(storage)
         self.peak = max(self.peak, self.live)
         return result
 
@@ -76,6 +81,16 @@ class _LiveTensors(TorchDispatchMode):
                 self.before += storage.nbytes()
                 self.peak += storage.nbytes()
 
+    def add(self, existing: Iterable[nn.Module | Tensor]) -> None:
+        """Count everything that lives throughout."""
+        for tensor in _tensors(existing):
+            self.existing(tensor)
+
+    def restart(self) -> int:
+        """The peak up to now; from here on it is that of what follows."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
     def _track(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         known = self._sizes.get(key)
@@ -86,6 +101,17 @@ class _LiveTensors(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among what an operation takes or gives. Most operations take no more than tensors and numbers."""
+    found = []
+    for item in (*args, *kwargs.values()):
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, list | tuple | dict):
+            found += [leaf for leaf in pytree.tree_leaves(item) if isinstance(leaf, Tensor)]
+    return found
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
@@ -130,9 +156,8 @@ def measure(function: Callable[[], T], existing: Iterable[nn.Module | Tensor] = 
         >>> print(report)
         peak 378.2 MiB (366.7 MiB before, 11.5 MiB added)
     """
-    live = _LiveTensors()
-    for tensor in _tensors(existing):
-        live.existing(tensor)
+    live = LiveTensors()
+    live.add(existing)
     with live:
         result = function()
     return MemoryReport(live.peak, live.before, result)

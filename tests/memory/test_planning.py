@@ -10,7 +10,10 @@ from torch import nn
 
 import fps_kernels as fps
 from fps_kernels.memory import measure
-from fps_kernels.memory.planning import METHODS, _with_lora
+from fps_kernels.memory.planning import METHODS
+from fps_kernels.memory.rehearsal import lora_layers
+from fps_kernels.weights.roles import default_dense
+from fps_kernels.weights.survey import Survey
 from tests.support.models import Classifier
 
 NAME, BATCH = "vit_tiny_patch16_224", 4
@@ -18,7 +21,7 @@ NAME, BATCH = "vit_tiny_patch16_224", 4
 
 def really(method: str, dtype: torch.dtype) -> int:
     """Peak bytes of running it."""
-    model = timm.create_model(NAME, depth=4).to(dtype)
+    model = timm.create_model(NAME, depth=5).to(dtype)
     x, y = torch.randn(BATCH, 3, 224, 224, dtype=dtype), torch.randint(1000, (BATCH,))
     if method == "forward":
         with torch.no_grad():
@@ -36,7 +39,7 @@ def really(method: str, dtype: torch.dtype) -> int:
         tuner = fps.attach(model, selection, keep_bits=8 if in_8_bits else None)
         optimizer = fps.MaskedAdamW(tuner)
     else:
-        model = _with_lora(model) if method.startswith("LoRA") else model
+        model = _with_peft(model) if method.startswith("LoRA") else model
         keeping = fps.kept() if in_8_bits else keeping
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
 
@@ -51,12 +54,22 @@ def really(method: str, dtype: torch.dtype) -> int:
     return measure(steps, existing=[model, x, y]).peak
 
 
+def _with_peft(model: nn.Module) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    trained = [p for name, p in model.named_parameters() if name in default_dense(Survey.of(model))]
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=lora_layers(model), modules_to_save=["head"])
+    wrapped: nn.Module = peft.get_peft_model(model, config)
+    for p in trained:
+        p.requires_grad_(True)
+    return wrapped
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_within_five_percent_of_reality(dtype):
     pytest.importorskip("peft")
 
     def shallow() -> nn.Module:
-        return timm.create_model(NAME, depth=4)
+        return timm.create_model(NAME, depth=5)
 
     planned = fps.memory.plan(shallow, BATCH, dtype=dtype, input_size=(3, 224, 224), methods=METHODS)
     assert [cost.method for cost in planned.costs] == list(METHODS)
