@@ -168,7 +168,7 @@ def _backend_for(op: str, device: torch.device) -> str:
 
 @cache
 def _load(name: str) -> ModuleType:
-    return importlib.import_module(f"fps_kernels.ops.{name}")
+    return importlib.import_module(f"{__package__}.{name}")
 
 
 def implementation(op: str, device: torch.device) -> ModuleType:

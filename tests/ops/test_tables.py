@@ -38,7 +38,7 @@ class Streams:
 
         def staged(values):
             fake.copies.append(values.tolist())
-            return torch.from_numpy(values).pin_memory()
+            return torch.frombuffer(values, dtype=torch.int64).pin_memory()
 
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())

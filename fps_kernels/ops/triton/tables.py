@@ -7,16 +7,17 @@ without which the graph cannot be replayed either.
 
 import threading
 import weakref
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
-Values: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+Values: TypeAlias = "array[int]"
+"""Of the type ``q``, 64 bits."""
 
 MOST_BYTES = 4 << 20  # of cached tables; those of a model with 200 weights are 40 KB, so that optimizers may take turns
 NEEDS_WARM_UP = (
@@ -61,7 +62,12 @@ def _cached(content: tuple[int | tuple[int, int], ...], device: torch.device, va
 
 def _staged(values: Values) -> Tensor:
     """In pinned memory, which torch gives to nobody else before the copy from there is done."""
-    return torch.from_numpy(values).pin_memory()
+    return _as_tensor(values).pin_memory()
+
+
+def _as_tensor(values: Values) -> Tensor:
+    """In the same memory."""
+    return torch.frombuffer(values, dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 @dataclass
@@ -104,7 +110,7 @@ class TableCache:
             if made is None:
                 if capturing:
                     raise RuntimeError(NEEDS_WARM_UP)
-                table = _staged(np.array(values(), dtype=np.int64)).to(device, non_blocking=True)
+                table = _staged(array("q", values())).to(device, non_blocking=True)
                 made = self._made[key] = _Made(table, stream, stream.record_event())
                 self._bytes += made.bytes
                 self._drop()
@@ -168,11 +174,11 @@ class OwnTable:
         memory: a tensor whose address is among them, on the device that the table goes to.
     """
 
-    def __init__(self, values: Sequence[int] | Values, memory: Tensor) -> None:
+    def __init__(self, values: Sequence[int], memory: Tensor) -> None:
         self._memory = memory
         self._device = memory.device
         self._captured = True  # by a graph, or by nobody yet: the next write makes a tensor
-        self.write(np.asarray(values, dtype=np.int64))
+        self.write(values if isinstance(values, array) else array("q", values))
 
     def write(self, values: Values) -> None:
         """As many values as before, which nobody changes afterwards. The current device must be that of the table.
@@ -182,7 +188,7 @@ class OwnTable:
         """
         self._values = values
         if self._device.type != "cuda":
-            self._tensor = torch.from_numpy(values)
+            self._tensor = _as_tensor(values)
             return
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(NEEDS_WARM_UP)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fps_kernels.ops.triton.digits import FIRST_BITS, NEXT_BITS, NEXT_DIGITS, digit_of_rank, occurrences
+from fps_kernels.ops.triton.entry_tables import tile_keys
 from fps_kernels.ops.triton.factors import factors_by_row, share_factors, shared_factors
 from fps_kernels.ops.triton.floats import score_key
 from fps_kernels.ops.triton.target import AS_WRITTEN, register_limit, target_of
@@ -155,15 +156,10 @@ def _argmax(
     best = tl.full([BLOCK_R, BLOCK_C], -1, tl.int32)
     best_column = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
     for start in range(0, C, BLOCK_C):
-        columns = start + tl.arange(0, BLOCK_C)  # [C]
-        inside = (rows < O)[:, None] & (columns < C)[None, :]
-        w = tl.load(W_ptr + rows[:, None] * stride_o + columns.to(tl.int64)[None, :] * stride_c, mask=inside, other=0.0)
-        if SHARED:
-            score = score_key(w, shared_factors(a_ptr, first_row, columns, C, rows_per_group))
-        else:
-            score = score_key(w, factors_by_row(a_ptr, rows, columns, O, C, rows_per_group))
-        key = tl.where(inside, score, -1)  # [R, C]
-        better = key > best
+        key, columns = tile_keys(
+            W_ptr, a_ptr, rows, first_row, start, O, C, stride_o, stride_c, rows_per_group, SHARED, BLOCK_C
+        )
+        better = key > best  # [R, C]
         best = tl.where(better, key, best)
         best_column = tl.where(better, columns[None, :], best_column)
     row_best = tl.max(best, 1)

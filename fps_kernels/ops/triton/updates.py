@@ -6,9 +6,9 @@ of rows. Walking the rows instead would be quick where they are long, but a run 
 """
 
 import math
+from array import array
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -138,14 +138,9 @@ def changing_fields(
     Compile-time or float32 arguments would cost a compilation or precision: float64 travels as its bits.
     """
     beta1, beta2, eps = numbers
-    n = len(grads)
-    values = np.empty(3 * n + 6 if lrs else 2 * n + 5, dtype=np.int64)
-    values[:n] = grads
-    floats = values[n:].view(np.float64)
-    floats[:n] = weight_decays
-    floats[n : n + 5] = beta1, beta2, _log(beta1), _log(beta2), eps
-    if lrs:
-        floats[n + 5], floats[n + 6 :] = 0.0, lrs
+    floats = array("d", (*weight_decays, beta1, beta2, _log(beta1), _log(beta2), eps, *((0.0, *lrs) if lrs else ())))
+    values = array("q", grads)
+    values.frombytes(floats.tobytes())
     return values
 
 
