@@ -3,9 +3,13 @@
 Bytes of live tensors at batch 64, float32, weights included. ViT-B is really run both ways (with ``--quick`` a ViT-Ti at
 batch 8 is), to hold the simulation against reality; the large models are simulated. The papers state at least 9× (FPS v1,
 arXiv 2510.27359v1) and 18× (v2) less memory than gradient-based selection.
+
+``--model NAME`` (of timm) or ``--model module:function`` (which makes a model; ``--input 3 224 224`` is the size of a
+sample) simulates anyone's own, and writes no results.
 """
 
 import argparse
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -69,11 +73,57 @@ def compare_with_reality(name: str, size: int, batch: int) -> tuple[list[dict[st
     return rows, overlap
 
 
-def main() -> None:
+def of_model(model: str, size: tuple[int, ...] | None, batch: int) -> dict[str, int]:
+    """Peak bytes of every method for one model, simulated.
+
+    Args:
+        model: timm's name, or ``module:function``.
+        size: of one sample; a timm model knows its own.
+        batch: samples at once.
+
+    Raises:
+        ValueError: an unknown model, or a function without ``size``.
+    """
+    create: Callable[[], torch.nn.Module]
+    if ":" in model:
+        module, _, function = model.partition(":")
+        create = getattr(importlib.import_module(module), function)
+        if size is None:
+            raise ValueError(f"--input is needed with {model}: the size of one sample, such as --input 3 224 224")
+    else:
+        if not timm.is_model(model):
+            raise ValueError(f"timm has no model {model!r}; a function of your own is given as module:function")
+        create = partial(timm.create_model, model)
+        if size is None:
+            with torch.device("meta"):
+                size = tuple(create().pretrained_cfg["input_size"])
+    found = {}
+    for method, program in METHODS.items():
+        if method == "GPS, two views" and len(size) != 3:
+            continue
+        with simulated() as build:
+            made = build(create)
+            x, y = torch.empty(batch, *size), torch.zeros(batch, dtype=torch.long)
+            found[method] = measure(partial(program, made, x, y), existing=[made, x, y]).peak
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="ViT-Ti for the comparison with reality, ViT-B and L simulated")
     parser.add_argument("--batch", type=int, default=64)
-    options = parser.parse_args()
+    parser.add_argument("--model", help="timm's name, or module:function: simulate this one, and write no results")
+    parser.add_argument("--input", type=int, nargs="+", metavar="N", help="size of one sample, for a function")
+    options = parser.parse_args(arguments)
+    if options.model is not None:
+        try:
+            peaks = of_model(options.model, None if options.input is None else tuple(options.input), options.batch)
+        except (ValueError, ImportError, AttributeError) as error:
+            parser.error(str(error))
+        best = peaks["FPS, micro-batches of 1"]
+        print(f"{options.model}, batch {options.batch}, float32, simulated; × is over FPS in micro-batches of 1")
+        print(table(["method", "peak", "×"], [[m, format_bytes(p), f"{p / best:.1f}"] for m, p in peaks.items()]))
+        return
 
     real_name, real_batch = ("vit_tiny_patch16_224", 8) if options.quick else ("vit_base_patch16_224", options.batch)
     real, overlap = compare_with_reality(real_name, 224, real_batch)

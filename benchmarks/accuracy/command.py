@@ -11,6 +11,8 @@ the new head learns at the same rate in every method.
 image is looked at. One half of them, drawn by the seed, is tuned on, the other measured on, with as many steps as in a
 search.
 
+``--search`` only seeks rates, at each budget that ``--k`` names: the command line's own rate for a budget comes from there.
+
 Every finished run is one line of ``benchmarks/results/accuracy.jsonl``; started again, the script does what is missing.
 Several processes may share the file if they are given different ``--data``. ``--table`` prints what the file holds.
 """
@@ -56,13 +58,13 @@ class Job:
     seed: int
 
 
-def searched(lines: Iterable[Line], dataset: str, method: str) -> dict[float, float]:
-    """The loss on the held-out images that each rate of a method's search led to."""
+def searched(lines: Iterable[Line], dataset: str, method: str, k: int | None = SEARCH_K) -> dict[float, float]:
+    """The loss on the held-out images that each rate of a method's search led to, at a budget."""
     return {
         line["lr"]: line["loss"]
         for line in lines
         if (line["split"], line["dataset"], line["method"], line["seed"]) == ("search", dataset, method, SEARCH_SEED)
-        and line["k"] in (None, SEARCH_K)
+        and line["k"] in (None, k)
     }
 
 
@@ -79,8 +81,14 @@ def best_rate(found: dict[float, float], rates: tuple[float, ...]) -> float:
     return min((rate for rate in rates if rate in found), key=lambda rate: found[rate])
 
 
-def jobs(datasets: list[str], names: list[str], seeds: list[int], ks: list[int], screen: bool) -> Iterator[Job]:
+def jobs(
+    datasets: list[str], names: list[str], seeds: list[int], ks: list[int], screen: bool, search: bool = False
+) -> Iterator[Job]:
     """Everything wanted, the most informative first; a method's search comes before its first test."""
+    if search:
+        for k, name, dataset in itertools.product(ks, names, datasets):
+            yield Job("search", dataset, name, k if METHODS[name].per_k else None, SEARCH_SEED)
+        return
     groups = [[name for name in names if (name in FIRST) == first] for first in (True, False)]
     if screen:
         for seed, name, dataset in itertools.product(seeds, names, datasets):
@@ -119,7 +127,7 @@ class Work:
         method = METHODS[job.method]
         if job.split == "search":
             while (
-                rate := next_rate(searched(self.lines(), job.dataset, job.method), method.rates, method.start)
+                rate := next_rate(searched(self.lines(), job.dataset, job.method, job.k), method.rates, method.start)
             ) is not None:
                 yield rate
             return
@@ -151,7 +159,8 @@ def work(options: argparse.Namespace) -> None:
     """Do what is missing until it is done or the time is over."""
     deadline = time.monotonic() + 60 * options.time_limit if options.time_limit is not None else float("inf")
     todo = Work(options)
-    wanted = list(jobs(list(todo.folders), options.methods, options.seeds, options.k, options.screen is not None))
+    screened, searched_only = options.screen is not None, options.search
+    wanted = list(jobs(list(todo.folders), options.methods, options.seeds, options.k, screened, searched_only))
     for job in tqdm(wanted, desc="runs", mininterval=10):
         for rate in todo.missing(job):
             if time.monotonic() > deadline:
@@ -177,6 +186,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--time-limit", type=float, help="minutes after which no further run is begun")
     p.add_argument("--results", type=Path, default=RESULTS / "accuracy.jsonl")
     p.add_argument("--screen", type=float, metavar="RATE", help="compare at one rate, on training images only")
+    p.add_argument("--search", action="store_true", help="only seek the rates of the methods, at each --k")
     p.add_argument("--table", action="store_true", help="print what the results file holds, run nothing")
     return p
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 Line = dict[str, Any]
+# The same in bfloat16, and the one that it is held against.
+COARSER = {"FPS, bfloat16 weights": "FPS", "FPS, bfloat16 products": "FPS"}
 # Methods that keep their activations in fewer bits, and the one that each is held against, whose learning rate it takes.
 FEWER_BITS = {"FPS, 8 bits": "FPS", "LoRA r=8, 8 bits": "LoRA r=8", "FPS, GELU in 4 bits": "FPS"}
 

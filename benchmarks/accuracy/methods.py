@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fps_kernels as fps
 from benchmarks.accuracy import ideas
 from benchmarks.accuracy.coarse import coarse
-from benchmarks.accuracy.lines import FEWER_BITS
+from benchmarks.accuracy.lines import COARSER, FEWER_BITS
 from benchmarks.shared import methods
 from fps_kernels.choosing.gps import random_views
 from fps_kernels.demo.data import Task
@@ -132,6 +132,11 @@ def _sparse(choice: Choice, model: nn.Module, o: Occasion, lr: float, keep_bits:
     return methods.attached(model, choice(o), lr, HEAD_LR, keep_bits)
 
 
+def _bfloat16_weights(model: nn.Module, o: Occasion, lr: float) -> methods.Contestant:
+    """The choice of float32, so that the difference is that of training; master values are float32."""
+    return _sparse(CHOICES["FPS"], methods.in_bfloat16(model), o, lr)
+
+
 def _lora(model: nn.Module, o: Occasion, lr: float) -> methods.Contestant:
     return methods.lora(model, 8, lr, HEAD_LR)
 
@@ -158,6 +163,13 @@ METHODS: dict[str, Method] = {
     ),
     "FPS, GELU in 4 bits": Method(
         coarse(partial(_sparse, CHOICES["FPS"], keep_bits=8)), 1e-3, True, like=FEWER_BITS["FPS, GELU in 4 bits"]
+    ),
+    "FPS, bfloat16 weights": Method(_bfloat16_weights, 1e-3, True, like=COARSER["FPS, bfloat16 weights"]),
+    "FPS, bfloat16 products": Method(
+        lambda m, o, lr: methods.autocast(_sparse(CHOICES["FPS"], m, o, lr)),
+        1e-3,
+        True,
+        like=COARSER["FPS, bfloat16 products"],
     ),
 }
 

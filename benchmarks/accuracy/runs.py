@@ -15,6 +15,7 @@ from benchmarks.accuracy.methods import METHODS, Occasion, folder_images
 from benchmarks.shared import methods
 from fps_kernels.demo.data import Split, Task, image_folder
 from fps_kernels.runs.models import timm_model
+from fps_kernels.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,14 @@ def run(method: str, occasion: Occasion, lr: float, epochs: int, batch_size: int
         train_loss = _train(
             contestant, _shuffled(occasion, epochs, batch_size), epochs, len(occasion.task.train), batch_size
         )
-        right, losses = _measure(contestant.model, occasion.task.batches(occasion.task.test, 100))
+        with contestant.keeping:
+            right, losses = _measure(contestant.model, occasion.task.batches(occasion.task.test, 100))
     trained = contestant.trained
     before = {name: p.detach() for name, p in occasion.model.named_parameters()}
-    summary = {} if method in ("linear", "biases+head") else update_summary(before, methods.weights(contestant))
+    after = methods.weights(contestant)
+    summary = {} if method in ("linear", "biases+head") else update_summary(before, after)
+    if contestant.selection is not None:
+        summary["unmoved"] = unmoved(contestant.selection, before, after)
     return {
         "trained": trained,
         "correct": int(right.sum()),
@@ -160,7 +165,7 @@ def _train(
 def _measure(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Whether each image is classified correctly, and its cross-entropy."""
     model.eval()
-    pairs = [(model(x), y) for x, y in batches]
+    pairs = [(model(x).float(), y) for x, y in batches]
     logits, target = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return logits.argmax(1) == target, F.cross_entropy(logits, target, reduction="none")
 
@@ -194,6 +199,12 @@ def fit_head(o: Occasion, lr: float = 1e-3, epochs: int = 4, batch_size: int = 2
     return contestant.model
 
 
+def unmoved(selection: Selection, before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    """Share of the chosen entries of which a model shows, in its own dtype, what it showed before it was tuned."""
+    same = [(after[name] == before[name].to(after[name].dtype))[chosen.mask()] for name, chosen in selection.items()]
+    return round(float(torch.cat(same).float().mean()), 5)
+
+
 def update_summary(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, float]:
     """What the change of the matrices looks like, means over the weights of the blocks that changed.
 
@@ -207,7 +218,7 @@ def update_summary(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[
     for name, new in after.items():
         if not name.startswith("blocks.") or name not in before:
             continue
-        change = (new - before[name]).flatten(1).double()
+        change = (new.float() - before[name].to(new.dtype).float()).flatten(1).double()
         energy = change.square().sum(0)
         if not energy.sum() > 0:
             continue

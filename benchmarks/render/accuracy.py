@@ -2,7 +2,7 @@
 
 from benchmarks.accuracy import table as accuracy_table
 from benchmarks.accuracy.ideas import IDEAS
-from benchmarks.accuracy.lines import FEWER_BITS, read
+from benchmarks.accuracy.lines import COARSER, FEWER_BITS, read
 from benchmarks.render import tables
 from benchmarks.render.tables import Content, Row, markdown, source
 
@@ -26,7 +26,7 @@ def _accuracy_source(lines: list[Row]) -> str:
 
 def in_all_bits(lines: list[Row]) -> list[Row]:
     """The test runs of methods that keep their activations as they are."""
-    return [line for line in accuracy_table.of_split(lines, "test") if line["method"] not in FEWER_BITS]
+    return [line for line in accuracy_table.of_split(lines, "test") if line["method"] not in {**FEWER_BITS, **COARSER}]
 
 
 def fewer_bits(lines: list[Row]) -> str | None:
@@ -42,6 +42,72 @@ def fewer_bits(lines: list[Row]) -> str | None:
     )
     shown = [line for line in tested if line["method"] in FEWER_BITS]
     return "\n\n".join([note, markdown(head, body), _accuracy_source(shown)])
+
+
+def coarser(lines: list[Row]) -> str | None:
+    """What bfloat16 costs in accuracy, and how many chosen entries it hides the change of; ``None`` if nobody tried."""
+    tested = accuracy_table.of_split(lines, "test")
+    head, body = accuracy_table.fewer_bits_rows(tested, COARSER)
+    if not body:
+        return None
+    note = (
+        "bfloat16, at the learning rates that were found in float32: weights in bfloat16 with float32 master values of the "
+        "chosen entries, and float32 weights multiplied in bfloat16 (autocast). Percent of the test images and differences "
+        "as above:"
+    )
+    shown = [line for line in lines if line["method"] in COARSER or _of_low_rate(line)]
+    rows = []
+    for dataset in dict.fromkeys(line["dataset"] for line in shown):
+        for lr in sorted({line["lr"] for line in shown}, reverse=True):
+            own = [line for line in shown if (line["dataset"], line["lr"]) == (dataset, lr)]
+            moved = [line for line in own if line["method"] == "FPS, bfloat16 weights"]
+            seeds = {line["seed"] for line in own if line["split"] == "screen"}
+            here = [line for line in lines if (line["dataset"], line["lr"], line["split"]) == (dataset, lr, "screen")]
+            held = [line for line in here if line["seed"] in seeds]
+            cells = [_mean([line["accuracy"] for line in held if line["method"] == m]) for m in ("FPS", *COARSER)][:2]
+            rows.append([dataset, f"{lr:g}", *cells, _mean([line["update"]["unmoved"] for line in moved])])
+    names = ["data set", "lr", "float32", "bfloat16 weights", "chosen entries that look unmoved"]
+    also = (
+        "Chosen entries of bfloat16 weights that show after training what they showed before, although their master values "
+        "moved (means over runs), and accuracy on held-out halves of the training images at the same rate:"
+    )
+    return "\n\n".join([note, markdown(head, body), also, markdown(names, rows, left=1), _accuracy_source(shown)])
+
+
+def _of_low_rate(line: Row) -> bool:
+    return line["split"] == "screen" and line["method"] == "FPS" and "unmoved" in line["update"]
+
+
+def _of_bfloat16(line: Row) -> bool:
+    """Whether a run on halves of the training images was made to compare with bfloat16."""
+    return line["method"] in COARSER or _of_low_rate(line)
+
+
+def _mean(shares: list[float]) -> str:
+    return f"{sum(shares) / len(shares):.1%}" if shares else "–"
+
+
+def rates(lines: list[Row]) -> str | None:
+    """Which learning rates were found for each budget of FPS; ``None`` if nobody sought them."""
+    found = [line for line in accuracy_table.of_split(lines, "search") if line["method"] == "FPS"]
+    if len({line["k"] for line in found}) < 2:
+        return None
+    every = sorted({line["lr"] for line in found})
+    body = []
+    for dataset in dict.fromkeys(line["dataset"] for line in found):
+        for k in sorted({line["k"] for line in found}):
+            losses = {line["lr"]: line["loss"] for line in found if (line["dataset"], line["k"]) == (dataset, k)}
+            best = min(losses, key=lambda lr: losses[lr], default=None)
+            cells = [f"{losses[lr]:.3f}" if lr in losses else "–" for lr in every]
+            body.append([dataset, str(k), *(f"**{c}**" if lr == best else c for lr, c in zip(every, cells, strict=True))])
+    note = (
+        "Learning rates of FPS by budget: mean cross-entropy on 30 % of the training images, held out (seed 1), with the "
+        "best in bold. The more entries move, the less far each should. `fps-kernels tune` takes 1e-3 up to k = 8, 3e-4 up "
+        "to k = 32 and 1e-4 beyond, unless `--lr` says otherwise:"
+    )
+    return "\n\n".join(
+        [note, markdown(["data set", "k", *(f"{lr:g}" for lr in every)], body, left=1), _accuracy_source(found)]
+    )
 
 
 def accuracy(lines: list[Row]) -> str | None:
@@ -116,7 +182,8 @@ def accuracy_details(lines: list[Row]) -> str:
         parts += [_accuracy_source(tested)]
     if made := fewer_bits(lines):
         parts.append(made)
-    if screened := accuracy_table.of_split(lines, "screen"):
+    parts += [made for made in (coarser(lines), rates(lines)) if made is not None]
+    if screened := [line for line in accuracy_table.of_split(lines, "screen") if not _of_bfloat16(line)]:
         parts += [
             "Ideas for a better choice, compared on halves of the training images, all at one learning rate "
             "(difference to random as above):",

@@ -186,6 +186,34 @@ def step_at_a_glance(content: Content, model: str) -> str:
     return markdown(head, body)
 
 
+def weight_sync(content: Content) -> str:
+    """What goes over the wire to an inference server."""
+    body = [
+        [
+            str(row["k"]),
+            f"{row['entries']:,}",
+            *(format_bytes(row[key]) for key in ("full", "first", "further")),
+            f"{row['further'] / row['full']:.2%}",
+            format_bytes(row["trl_file"]),
+        ]
+        for row in content["rows"]
+    ]
+    head = [
+        "k",
+        "entries",
+        "all weights",
+        "first message",
+        "every further one",
+        "of all weights",
+        "file of TRL's delta sync",
+    ]
+    note = (
+        "Qwen3-0.6B's sizes, bfloat16, `k` entries of each output neuron of the blocks: bytes of all weights, of the first "
+        "message of a selection (positions and values), and of every further one (values)."
+    )
+    return "\n\n".join([note, markdown(head, body, left=0), source(content)])
+
+
 def streaming(content: Content) -> str:
     """Memory of choosing from and tuning a model in its files, and in memory."""
     body = [

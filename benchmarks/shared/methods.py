@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import peft
 import torch
@@ -27,12 +28,14 @@ class Contestant:
         optimizer: of what is trained.
         before_step: called between the backward pass and the step.
         keeping: what the forward pass is run inside of.
+        selection: the entries that are tuned, where there are any.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     before_step: Callable[[], object] = lambda: None
-    keeping: AbstractContextManager[None] = field(default_factory=nullcontext)
+    keeping: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    selection: Selection | None = None
 
     def step(self, x: Tensor, y: Tensor) -> float:
         """One step of training."""
@@ -148,7 +151,19 @@ def attached(
     """This package."""
     tuner = fps.attach(model, selection, keep_bits=keep_bits)
     groups = tuner.param_groups(lambda name, _: {"lr": head_lr if head_lr is not None and _is_head(name) else lr})
-    return Contestant(model, fps.MaskedAdamW(groups, lr=lr, weight_decay=0.0))
+    return Contestant(model, fps.MaskedAdamW(groups, lr=lr, weight_decay=0.0), selection=selection)
+
+
+def in_bfloat16(model: nn.Module) -> nn.Module:
+    """The model with bfloat16 weights, which takes images of any dtype."""
+    model.to(torch.bfloat16).register_forward_pre_hook(lambda _, given: tuple(t.to(torch.bfloat16) for t in given))
+    return model
+
+
+def autocast(contestant: Contestant) -> Contestant:
+    """The same with float32 weights that are multiplied in bfloat16."""
+    contestant.keeping = torch.autocast("cpu", torch.bfloat16)
+    return contestant
 
 
 def weights(contestant: Contestant) -> dict[str, Tensor]:

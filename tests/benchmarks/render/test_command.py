@@ -15,7 +15,8 @@ def copied(tmp_path: Path) -> Path:
     """A folder with the README and the documentation that are to be checked."""
     (tmp_path / "docs").mkdir()
     shutil.copy(command.ROOT / "README.md", tmp_path)
-    shutil.copy(command.ROOT / "docs" / "measurements.md", tmp_path / "docs")
+    for name in ("measurements.md", "coming-from.md"):
+        shutil.copy(command.ROOT / "docs" / name, tmp_path / "docs")
     shutil.copytree(command.ROOT / "docs" / "plots", tmp_path / "docs" / "plots")
     return tmp_path
 
@@ -48,7 +49,12 @@ def test_a_changed_result_makes_stale(copied, tmp_path, monkeypatch):
     content = json.loads((results / "memory_vs_gps.json").read_text())
     content["rows"][0]["simulated"] *= 2
     (results / "memory_vs_gps.json").write_text(json.dumps(content))
-    assert set(command.stale(copied)) == {"README.md", "docs/measurements.md", "docs/plots/memory_of_choosing.svg"}
+    assert set(command.stale(copied)) == {
+        "README.md",
+        "docs/coming-from.md",
+        "docs/measurements.md",
+        "docs/plots/memory_of_choosing.svg",
+    }
     command.write(copied)
     assert command.stale(copied) == []
 
