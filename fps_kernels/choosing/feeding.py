@@ -130,22 +130,38 @@ def run_forward(
             return interception
         presence = Presence(model)
         for together, are_last in _rounds(pieces, at_once):
-            last = len(together) - 1 if are_last else -1
-            shown = tqdm(
-                total=len(presence.blocks),
-                desc=f"{len(together)} at once",
-                unit="block",
-                disable=None if progress is None else not progress,
+            _run_round(
+                [partial(run, *one) for one in together], are_last, presence, survey.device, interception, on_turn, progress
             )
-            with shown as bar, interception:
-                in_step(
-                    [partial(run, *one) for one in together],
-                    presence,
-                    survey.device,
-                    on_turn=lambda number, last=last: on_turn(number == last),  # type: ignore[misc]
-                    on_block=lambda block, bar=bar: bar.update(),  # type: ignore[misc]
-                )
     return interception
+
+
+def _run_round(
+    passes: list[Callable[[], None]],
+    are_last: bool,
+    presence: Presence,
+    device: torch.device,
+    interception: WeightInterception,
+    on_turn: Callable[[bool], object],
+    progress: bool | None,
+) -> None:
+    """Passes that go through an offloaded model together, block by block."""
+    last = len(passes) - 1 if are_last else -1
+    bar = tqdm(
+        total=len(presence.blocks),
+        desc=f"{len(passes)} at once",
+        unit="block",
+        disable=None if progress is None else not progress,
+    )
+
+    def turn(number: int) -> None:
+        on_turn(number == last)
+
+    def block(_: Any) -> None:
+        bar.update()
+
+    with bar, interception:
+        in_step(passes, presence, device, on_turn=turn, on_block=block)
 
 
 def _rounds(items: Iterable[T], size: int) -> Iterator[tuple[list[T], bool]]:

@@ -83,7 +83,7 @@ def _run_elsewhere(block: nn.Module) -> Iterator[None]:
         lane = _Lane.current()
         if lane is None:  # the block within the one that is run, or in a thread that the model has started
             return forward(*args, **kwargs)
-        return lane.wait(_Call(block, partial(forward, *args, **kwargs), _Surroundings(lane.device)))
+        return lane.wait(_Call(block, partial(forward, *args, **kwargs), _Surroundings(lane.surroundings.device)))
 
     block.__dict__["forward"] = waiting
     try:
@@ -121,15 +121,14 @@ class _Lane:
 
     Attributes:
         call: of the block that it waits for; ``None`` before its start and after its end.
-        device: where the model runs.
+        surroundings: what is around it at its start.
     """
 
     _here = threading.local()
 
     def __init__(self, run: Callable[[], None], surroundings: "_Surroundings") -> None:
         self.call: _Call | None = None
-        self.device = surroundings.device
-        self._run, self._surroundings = run, surroundings
+        self._run, self.surroundings = run, surroundings
         self._error: BaseException | None = None
         self._is_given_up = False
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
@@ -146,7 +145,7 @@ class _Lane:
         try:
             if not self._is_given_up:
                 type(self)._here.lane = self
-                with self._surroundings.entered():
+                with self.surroundings.entered():
                     self._run()
         except _GivenUpError:
             pass

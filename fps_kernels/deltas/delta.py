@@ -13,6 +13,7 @@ from fps_kernels import ops
 from fps_kernels.deltas.buffers import check_places, loss_of
 from fps_kernels.deltas.file_format import DeltaContent, read_file, write_file
 from fps_kernels.selection import Selection
+from fps_kernels.selection.summary import html_of
 from fps_kernels.storage.checked_file import Path_
 from fps_kernels.tuning.compact_values import SelectedEntries
 from fps_kernels.tuning.tuned_weight import TunedWeight
@@ -57,6 +58,10 @@ class Delta(DeltaContent):
         more += f", {len(self.buffers_left_out)} changed buffers left out" if self.buffers_left_out else ""
         entries = f"{self.selection.nnz:,} entries of {len(self.values)} weights"
         return f"Delta({entries}{', added to base' * self.added}, {whole:,} in {len(self.dense)} whole{more})"
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        return html_of(self.selection, repr(self))
 
     def check_written(self) -> None:
         """Refuse a delta whose values are no weights.

@@ -4,6 +4,8 @@ The page holds everything, plotly's code included, and forbids the browser to lo
 light or dark scheme and the width of the window.
 """
 
+import base64
+import gzip
 import html
 import json
 import statistics
@@ -11,11 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fps_kernels.memory import format_bytes
 from fps_kernels.report.layers import Layer, layers_of
 from fps_kernels.selection import Selection
+
+if TYPE_CHECKING:
+    from fps_kernels.deltas.delta import Delta
+    from fps_kernels.runs.evaluation import Evaluation
 
 _HERE = Path(__file__).parent
 
@@ -29,12 +35,14 @@ class Run:
         settings: by the names of the options.
         records: of ``metrics.jsonl``.
         choosing: ``seconds``, ``peak_memory`` (bytes) and ``images`` of the choice, if the run made it.
+        evaluation: what the tuned model did on the images it was measured on, if the run is at its end.
     """
 
     name: str
     settings: dict[str, Any]
     records: list[dict[str, Any]]
     choosing: dict[str, float]
+    evaluation: "Evaluation | None" = None
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
@@ -43,12 +51,14 @@ class Run:
         Raises:
             ValueError: it is no folder of a run, or damaged.
         """
+        from fps_kernels.runs.evaluation import Evaluation
         from fps_kernels.runs.folder import RunFolder, read_metrics
 
         run = RunFolder(folder)
         if not run.metrics.is_file():
             raise ValueError(f"{folder} is no folder of a run: it has no metrics.jsonl")
-        return cls(str(folder), run.settings, read_metrics(run.metrics), run.choosing)
+        found = Evaluation.load(run.evaluation) if run.evaluation.is_file() else None
+        return cls(str(folder), run.settings, read_metrics(run.metrics), run.choosing, found)
 
     def of(self, kind: str, *keys: str) -> list[dict[str, Any]]:
         """Records of a type that have numbers under the keys."""
@@ -62,6 +72,7 @@ def report(
     *,
     against: tuple[str, Selection] | None = None,
     run: Run | None = None,
+    evaluation: "Evaluation | None" = None,
 ) -> str:
     """The page.
 
@@ -70,6 +81,7 @@ def report(
         selection: of the file.
         against: name of another selection of the same model, and it.
         run: the run that tuned it.
+        evaluation: what the tuned model did on images.
 
     Returns:
         HTML. Every name in it is escaped.
@@ -85,7 +97,7 @@ def report(
     try:
         from plotly.offline import get_plotlyjs
 
-        from fps_kernels.report import figures
+        from fps_kernels.report import figures, outcomes
     except ImportError as error:
         raise ImportError("the report needs plotly: pip install plotly", name=error.name) from error
     if not selection.nnz:
@@ -93,6 +105,7 @@ def report(
     layers = layers_of(selection, None if against is None else against[1])
     charts = figures.of_selection(layers, None if against is None else against[0])
     charts += figures.of_run(run) if run is not None else []
+    charts += outcomes.of_evaluation(evaluation) if evaluation is not None else []
     sections = []
     for i, chart in enumerate(charts):
         alone = i == len(charts) - 1 and sum(not c.wide for c in charts) % 2 == 1
@@ -108,14 +121,70 @@ def report(
         title=_e(Path(str(about.get("file", "selection"))).name),
         subtitle=_e(_subtitle(about, run)),
         style=(_HERE / "page.css").read_text(encoding="utf-8"),
-        tiles="".join(_tile(label, value) for label, value in _tiles(about, selection, layers, against, run)),
-        sections="\n".join(sections),
+        tiles="".join(_tile(label, value) for label, value in _tiles(about, selection, layers, against, run, evaluation)),
+        sections="\n".join([*sections, outcomes.worst_images(evaluation) if evaluation is not None else ""]),
         table=_table(layers, against is not None),
         details=_details("About the file", about) + (_details("Settings of the run", run.settings) if run else ""),
-        plotly=get_plotlyjs().replace("</script", "<\\/script"),
+        # The browser unpacks it: a quarter of its size, even as letters.
+        plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode(),
         drawings=_in_script(drawings),
         script=(_HERE / "page.js").read_text(encoding="utf-8"),
     )
+
+
+def figure(
+    of: "Selection | Delta | Run | Evaluation",
+    chart: str = "map",
+    *,
+    against: "Selection | Delta | None" = None,
+    theme: str = "light",
+) -> Any:
+    """One chart of the report by itself, as a figure of plotly's, which notebooks show.
+
+    Args:
+        of: a selection or a delta; the :class:`Run` of a folder; or an evaluation.
+        chart: of a selection ``map``, ``concentration``, ``distinct``, ``density`` or ``overlap``; of a run ``loss``,
+            ``accuracy``, ``time`` or ``memory``; of an evaluation ``classes`` or ``confusion``.
+        against: for ``overlap``, another selection of the same model.
+        theme: ``light`` or ``dark``.
+
+    Raises:
+        ValueError: no such chart or theme, a selection without entries, or ``against`` of another model.
+        ImportError: plotly is missing.
+
+    Example:
+        >>> figure(selection, "concentration").show()
+        >>> figure(Run.read(Path("task.run")), "accuracy")
+    """
+    figures, outcomes = _drawing()
+    if isinstance(of, Run):
+        charts = figures.of_run(of)
+    elif hasattr(of, "confusion"):
+        charts = outcomes.of_evaluation(of)
+    else:
+        selection, other = (x if isinstance(x, Selection | None) else _chosen_by(x) for x in (of, against))
+        assert selection is not None
+        if not selection.nnz:
+            raise ValueError("the selection has no chosen entries to draw")
+        charts = figures.of_selection(layers_of(selection, other), None if other is None else "the other")
+    found = next((c for c in charts if c.key == chart), None)
+    if found is None:
+        more = " (overlap needs against=)" if chart == "overlap" else ""
+        raise ValueError(f"chart must be one of {', '.join(c.key for c in charts)}, got {chart!r}{more}")
+    return figures.themed(found, theme)
+
+
+def _chosen_by(delta: Any) -> Selection:
+    found: Selection = delta.selection
+    return found
+
+
+def _drawing() -> Any:
+    try:
+        from fps_kernels.report import figures, outcomes
+    except ImportError as error:
+        raise ImportError(f"the report needs {error.name}: pip install {error.name}", name=error.name) from error
+    return figures, outcomes
 
 
 def _subtitle(about: Mapping[str, Any], run: Run | None) -> str:
@@ -129,6 +198,7 @@ def _tiles(
     layers: list[Layer],
     against: tuple[str, Selection] | None,
     run: Run | None,
+    evaluation: "Evaluation | None",
 ) -> list[tuple[str, str]]:
     entries = about.get("entries")
     tiles = [("chosen entries", f"{selection.nnz:,}"), ("density", f"{selection.density:.3%}")]
@@ -141,8 +211,12 @@ def _tiles(
             tiles.append(("bytes an entry", f"{size / entries:.2f}"))
     if against is not None:
         tiles.append((f"overlap with {Path(against[0]).name}", f"{selection.overlap(against[1]):.1%}"))
+    if evaluation is not None:
+        tiles.append((f"accuracy, {evaluation.images:,} images", f"{evaluation.accuracy:.2%}"))
+        if evaluation.top5 is not None:
+            tiles.append(("among the first five", f"{evaluation.top5:.2%}"))
     if run is not None:
-        if evals := run.of("eval", "accuracy"):
+        if evaluation is None and (evals := run.of("eval", "accuracy")):
             tiles.append(("accuracy", f"{evals[-1]['accuracy']:.2%}"))
         peaks = [r["peak_memory"] for r in run.records if isinstance(r.get("peak_memory"), int)]
         if peaks:

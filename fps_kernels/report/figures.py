@@ -87,6 +87,29 @@ class Chart:
     narrow: dict[str, Any] = field(default_factory=dict)
 
 
+def themed(chart: Chart, theme: str) -> go.Figure:
+    """A chart's figure by itself, in the colours that the page gives it.
+
+    Raises:
+        ValueError: there is no such theme.
+    """
+    if theme not in THEMES:
+        raise ValueError(f"theme must be one of {', '.join(THEMES)}, got {theme!r}")
+    layout = THEMES[theme]["layout"]
+    figure = go.Figure(chart.figure)
+    paper = layout["hoverlabel"]["bgcolor"]
+    figure.update_layout(
+        template={"layout": layout}, title=chart.title, paper_bgcolor=paper, plot_bgcolor=paper, margin={"t": 48}
+    )
+    for trace in figure.data:
+        if trace.name == "even":
+            trace.line.color = THEMES[theme]["ink"]
+        elif trace.meta is not None:
+            colour = layout["colorway"][trace.meta["colour"]]
+            trace.line.color = trace.marker.color = colour
+    return figure
+
+
 def of_selection(layers: list[Layer], against: str | None) -> list[Chart]:
     """Where the chosen entries lie, how concentrated they are, how dense, and how many of them are common.
 
@@ -103,14 +126,15 @@ def of_run(run: "Run") -> list[Chart]:
     """What became better, and what a step cost."""
     charts = []
     curves = []
-    for kind, label in (("train", "training"), ("eval", "test")):
+    measured = next((str(r["split"]) for r in run.records if r.get("type") == "eval" and "split" in r), "test")
+    for kind, label in (("train", "training"), ("eval", measured)):
         if records := run.of(kind, "epoch", "loss"):
             curves.append((label, [r["epoch"] for r in records], [r["loss"] for r in records]))
     if curves:
         charts.append(_curves("loss", "Loss", "Cross-entropy by epoch.", curves, ".4f", None))
     if records := run.of("eval", "epoch", "accuracy"):
-        points = [("test", [r["epoch"] for r in records], [r["accuracy"] for r in records])]
-        text = "Share of the test images that are classified correctly, by epoch."
+        points = [(measured, [r["epoch"] for r in records], [r["accuracy"] for r in records])]
+        text = f"Share of the {measured} images that are classified correctly, by epoch."
         charts.append(_curves("accuracy", "Accuracy", text, points, ".2%", ".0%"))
     if records := run.of("train", "step", "step_seconds"):
         figure = _curve_figure([("step", [r["step"] for r in records], [r["step_seconds"] for r in records])], ".3g")
@@ -136,7 +160,7 @@ def _heat_map(layers: list[Layer]) -> Chart:
     most = max(4.0, float(cells.quantile(0.998)))
     ticks = [0.0] + [v for v in (1.0, 4.0, 16.0, 64.0) if v < most * 0.7] + [most]
     beyond = "≥ " if float(cells.max()) > most else ""
-    names = [_e(layer.name) for layer in layers]
+    names = [escaped(layer.name) for layer in layers]
     figure = go.Figure(
         go.Heatmap(
             z=[[math.sqrt(v) for v in r] for r in ratios],
@@ -148,7 +172,7 @@ def _heat_map(layers: list[Layer]) -> Chart:
             ygap=1 if row >= 10 else 0,
         )
     )
-    labels = [_e(layers[i].name.removesuffix(".weight")) for i in labelled]
+    labels = [escaped(layers[i].name.removesuffix(".weight")) for i in labelled]
     figure.update_layout(
         height=110 + row * len(layers),
         margin={"l": 8, "r": 20, "t": 8, "b": 8},
@@ -175,7 +199,7 @@ def _heat_map(layers: list[Layer]) -> Chart:
         },
     )
     narrow = {
-        "yaxis.ticktext": [_e(layers[i].short) for i in labelled],
+        "yaxis.ticktext": [escaped(layers[i].short) for i in labelled],
         "yaxis.tickfont.size": 9,
         "coloraxis.colorbar.orientation": "h",
         "coloraxis.colorbar.len": 0.9,
@@ -204,13 +228,13 @@ def _concentration(groups: list[Group]) -> Chart:
             x=share,
             y=[round(v, 4) for v in curve],
             mode="lines",
-            name=_e(group.label),
+            name=escaped(group.label),
             meta={"colour": group.colour},
             hovertemplate="%{fullData.name}<br>%{y:.1%} of the entries in %{x:.0%} of the columns<extra></extra>",
         )
     figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line={"dash": "dot", "width": 1}, name="even", hoverinfo="skip")
     figure.update_layout(
-        **_SMALL,
+        **SMALL,
         height=_height(figure),
         xaxis={"title": "share of the columns, fullest first", "tickformat": ".0%", "range": [0, 1]},
         yaxis={"title": "share of the chosen entries", "tickformat": ".0%", "range": [0, 1.01]},
@@ -261,16 +285,16 @@ def _by_layer(layers: list[Layer], groups: list[Group], values: list[float], wha
         figure.add_scatter(
             x=[place[m.name] for m in members],
             y=[value[m.name] for m in members],
-            customdata=[_e(m.name) for m in members],
+            customdata=[escaped(m.name) for m in members],
             mode="lines+markers" if len(members) > 1 else "markers",
             marker={"size": 6},
             line={"width": 1.5},
-            name=_e(group.label),
+            name=escaped(group.label),
             meta={"colour": group.colour},
             hovertemplate=f"%{{customdata}}<br>{what} %{{y:{form}}}<extra></extra>",
         )
     figure.update_layout(
-        **_SMALL,
+        **SMALL,
         height=_height(figure),
         xaxis={
             "title": "weight, from input to output",
@@ -308,7 +332,7 @@ def _curve_figure(curves: list[tuple[str, list[float], list[float]]], form: str)
             name=label,
             hovertemplate=f"%{{x:.4g}}: %{{y:{form}}}<extra>{label}</extra>",
         )
-    figure.update_layout(**_SMALL, height=_height(figure))
+    figure.update_layout(**SMALL, height=_height(figure))
     return figure
 
 
@@ -317,11 +341,12 @@ def _height(figure: go.Figure) -> int:
     return 320 + 14 * len(figure.data)
 
 
-_SMALL: dict[str, Any] = {
+SMALL: dict[str, Any] = {
     "margin": {"l": 8, "r": 24, "t": 8, "b": 8},
     "legend": {"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0, "xanchor": "left"},
 }
 
 
-def _e(text: str) -> str:
+def escaped(text: str) -> str:
+    """A name as plotly shows it."""
     return html.escape(text, quote=False)

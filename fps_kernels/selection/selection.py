@@ -95,6 +95,31 @@ class Selection(Mapping[str, WeightSelection]):
     def __repr__(self) -> str:
         return f"Selection(weights={len(self)}, nnz={self.nnz}, density={self.density:.4%}, dense={len(self.dense)})"
 
+    def _repr_html_(self) -> str:
+        """How a notebook shows it: one row per weight, or for deep models one per kind of weight."""
+        from fps_kernels.selection.summary import html_of
+
+        return html_of(self, f"Selection: {self.nnz:,} entries, {self.density:.3%}")
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)
+
+    def plot(self, chart: str = "map", against: "Selection | None" = None) -> Any:
+        """A chart of the report, as a figure of plotly's: :func:`fps_kernels.report.figure`.
+
+        Args:
+            chart: ``map`` (where the entries lie), ``concentration`` (in how few columns), ``distinct`` (columns used),
+                ``density`` or ``overlap``.
+            against: for ``overlap``, another selection of the same model.
+
+        Raises:
+            ValueError: no such chart, or a selection without entries.
+            ImportError: plotly is missing.
+        """
+        from fps_kernels.report import figure
+
+        return figure(self, chart, against=against)
+
     def masks(self) -> dict[str, Tensor]:
         """A boolean mask in the shape of each parameter, by name."""
         return {name: w.mask() for name, w in self.weights.items()}

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from fps_kernels.selection.html import html_table
 from fps_kernels.selection.selection import Selection
 
 ROWS_SHOWN_ONE_BY_ONE = 24
@@ -39,6 +40,25 @@ class SummaryRow:
         """``12%``, or ``3%–12%``."""
         low, high = (f"{share:.0%}" for share in self.columns)
         return low if low == high else f"{low}–{high}"
+
+
+def html_of(selection: Selection, title: str) -> str:
+    """A notebook's table of a selection."""
+    rows = [
+        [
+            row.name,
+            str(row.weights),
+            row.shape,
+            f"{row.chosen:,}",
+            f"{row.density:.2%}",
+            row.columns_text,
+        ]
+        for row in summarised(selection)
+    ]
+    notes = [f"{len(selection.dense)} parameters trained whole"] if selection.dense else []
+    notes += [f"{len(selection.skipped)} matrix weights not selected (.skipped says why)"] if selection.skipped else []
+    notes += [f"{key}: {value if len(value) <= 80 else value[:79] + '…'}" for key, value in selection.description.items()]
+    return html_table(title, ["weight", "layers", "shape", "chosen", "density", "columns"], rows, notes)
 
 
 def is_deep(selection: Selection) -> bool:

@@ -301,6 +301,11 @@ def _begin(module: nn.Module, args: Any) -> None:
             "an attached model cannot be replicated by DataParallel: its replicas would not be tuned. Use "
             "DistributedDataParallel, one process for each device"
         )
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace cannot record an attached model: detach its tuner first (tuner.detach() leaves the tuned "
+            "weights in a plain model)"
+        )
     for around in (scope, scope.outer):
         if around is not None and around.thread and not around.was_interrupted(module):
             if around is scope and scope.thread == threading.get_ident():

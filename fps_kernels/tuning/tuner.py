@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from fps_kernels.selection import Selection
+from fps_kernels.selection.summary import html_of
 from fps_kernels.tuning.agreement import Agreement, Scope
 from fps_kernels.tuning.compact_values import SelectedEntries
 from fps_kernels.tuning.groups import Options, grouped
@@ -306,3 +307,7 @@ class Tuner:
         chosen = sum(e.selection.nnz for e in self._entries.values())
         whole = sum(p.numel() for p in self.dense.values())
         return f"Tuner({chosen} entries of {len(self._entries)} weights, {whole} in {len(self.dense)} dense parameters)"
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        return html_of(self.selection, f"{self!r}{'' if self.attached else ', detached'}")

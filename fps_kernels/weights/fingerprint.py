@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,21 @@ from fps_kernels.weights.survey import Survey, is_compact
 _SAMPLED = 512  # entries of each parameter that are looked at
 
 
-def fingerprint(model: nn.Module | Survey) -> str:
+def fingerprint(model: nn.Module | Survey, without: Collection[str] = ()) -> str:
     """What identifies a base model: names and shapes of its parameters, and a sample of their values as bfloat16.
 
     At most 512 entries of each parameter are looked at, evenly spaced. A model that differs in no more than a few entries
     may have the same fingerprint; two trained models never do. In float32 and bfloat16 a model has the same one. Of
     quantised parameters only names and shapes count. A sharded model has the same one as a whole one: all of its processes
     have to ask together.
+
+    Args:
+        model: any module.
+        without: names of parameters that do not count, such as those of a new head.
     """
     survey = Survey.of(model)
     parameters, sharded = own_parameters(survey), survey.sharded
+    parameters = {name: p for name, p in parameters.items() if name not in without}
     samples = {}
     for name, p in parameters.items():
         if name in sharded:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_TRIM: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+
 
 def _hook(module: nn.Module) -> Any:
     """The hook that brings in a module's own parameters, if it has one; several hooks come as one that holds them."""
@@ -137,17 +139,17 @@ class Presence:
         finally:
             for hook in hooks:
                 hook.release()
-            give_back()
+            _give_back()
 
 
-def give_back() -> None:
+def _give_back() -> None:
     """Let the C library give memory that is free back to the system.
 
     glibc keeps what lies between blocks that are in use: weights and activations of like sizes, freed in turn, would leave
     it with several times what is ever in use.
     """
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # glibc has it
-        trim(0)
+    if _TRIM is not None:
+        _TRIM(0)
 
 
 def _brought(module: nn.Module) -> Iterator[nn.Parameter]:

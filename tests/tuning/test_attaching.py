@@ -273,3 +273,14 @@ def test_moving_to_another_dtype_keeps_float32_values():
     model.to(torch.float32)
     train(model, optimizer, [labelled()])
     assert model.hidden.weight.dtype == torch.float32
+
+
+def test_a_trace_says_to_detach():
+    model = nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3))
+    x = torch.randn(2, 6)
+    tuner = fps.attach(model, fps.select(model, [x], progress=False))
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record an attached model: detach its tuner first"):
+        torch.jit.trace(model, x)
+    expected = model(x)
+    tuner.detach()
+    assert torch.equal(torch.jit.trace(model, x)(x), expected)
