@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import fps_kernels as fps
 from tests.docs.test_readme import commands_in, unknown_options
@@ -20,9 +21,11 @@ WITH_CODE = [name for name, page in PAGES.items() if "```python\n" in page.read_
 
 def small_model(*_: object, num_classes: int = 10, **__: object) -> torch.nn.Module:
     """What the pages get when they ask timm for a pretrained model."""
-    return timm.models.VisionTransformer(
+    made = timm.models.VisionTransformer(
         img_size=32, patch_size=8, num_classes=num_classes, embed_dim=32, depth=2, num_heads=2, global_pool="avg"
     )
+    made.pretrained_cfg = {"input_size": (3, 32, 32)}
+    return made
 
 
 @pytest.mark.parametrize("name", WITH_CODE)
@@ -33,6 +36,11 @@ def test_code(name, tmp_path, monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: small_model(*a, **k) if "pretrained" in k else real(*a, **k))
     data = torch.utils.data.TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8))
     loader = torch.utils.data.DataLoader(data, batch_size=4)
+    for label in range(2):  # the folder that pages read images from
+        folder = tmp_path / "images" / "train" / str(label)
+        folder.mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (40, 36), (60 * label, 10 * i, 90)).save(folder / f"{i}.png")
     scope = {"fps": fps, "model": small_model(), "loader": loader, "__name__": "__main__"}
     blocks = re.findall(r"```python\n(.*?)```", PAGES[name].read_text(), re.DOTALL)
     for number, block in enumerate(blocks):
@@ -55,6 +63,7 @@ def test_the_site_builds(tmp_path):
     )
     assert built.returncode == 0, built.stderr
     page = (tmp_path / "site" / "api" / "index.html").read_text()
+    assert not re.search(r":(class|func|meth|attr|data|mod|exc):", page)
     for public in (name for name in fps.__all__ if name not in ("gps", "memory")):
         assert f"fps_kernels.{public}" in page, public
 
