@@ -5,28 +5,33 @@ tuner = fps.attach(model, selection)
 optimizer = fps.MaskedAdamW(tuner, lr=1e-3)
 """
 
-from fps_kernels import memory
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fps_kernels._version import __version__ as __version__
-from fps_kernels.choosing import gps
-from fps_kernels.choosing.budgets import Global, LikeLoRA, PerNeuron, PerTensor
-from fps_kernels.choosing.calibration import calibrate
-from fps_kernels.choosing.drop_in import column_norm, score_topk
-from fps_kernels.choosing.gps import gps_select
-from fps_kernels.choosing.scorers import FPS, GrowthDriven, Magnitude, Random, Wanda
-from fps_kernels.choosing.select import select
-from fps_kernels.choosing.statistics import ActivationStats
-from fps_kernels.deltas.delta import Delta
-from fps_kernels.deltas.dense import merge_into_dense
-from fps_kernels.deltas.making import diff, load_delta, save_delta
-from fps_kernels.deltas.merging import merge
-from fps_kernels.keeping.kept import kept
-from fps_kernels.ops import BackendUnavailableError, backend_for, use_backend
-from fps_kernels.selection import Selection, WeightSelection
-from fps_kernels.tuning.attaching import attach, tuner_of
-from fps_kernels.tuning.groups import masked_parameters
-from fps_kernels.tuning.masked_adamw import MaskedAdamW
-from fps_kernels.tuning.tuner import Tuner
-from fps_kernels.weights.streaming import streamed
+
+if TYPE_CHECKING:
+    from fps_kernels import memory
+    from fps_kernels.choosing import gps
+    from fps_kernels.choosing.budgets import Global, LikeLoRA, PerNeuron, PerTensor
+    from fps_kernels.choosing.calibration import calibrate
+    from fps_kernels.choosing.drop_in import column_norm, score_topk
+    from fps_kernels.choosing.gps import gps_select
+    from fps_kernels.choosing.scorers import FPS, GrowthDriven, Magnitude, Random, Wanda
+    from fps_kernels.choosing.select import select
+    from fps_kernels.choosing.statistics import ActivationStats
+    from fps_kernels.deltas.delta import Delta
+    from fps_kernels.deltas.dense import merge_into_dense
+    from fps_kernels.deltas.making import diff, load_delta, save_delta
+    from fps_kernels.deltas.merging import merge
+    from fps_kernels.keeping.kept import kept
+    from fps_kernels.ops import BackendUnavailableError, backend_for, use_backend
+    from fps_kernels.selection import Selection, WeightSelection
+    from fps_kernels.tuning.attaching import attach, tuner_of
+    from fps_kernels.tuning.groups import masked_parameters
+    from fps_kernels.tuning.masked_adamw import MaskedAdamW
+    from fps_kernels.tuning.tuner import Tuner
+    from fps_kernels.weights.streaming import streamed
 
 __all__ = [
     "FPS",
@@ -65,3 +70,71 @@ __all__ = [
     "tuner_of",
     "use_backend",
 ]
+
+# Names are imported when they are first asked for, so that whoever only wants the version or a help text does not wait for
+# torch.
+_NAMES = {
+    "choosing.budgets": (
+        "Global",
+        "LikeLoRA",
+        "PerNeuron",
+        "PerTensor",
+    ),
+    "choosing.calibration": ("calibrate",),
+    "choosing.drop_in": (
+        "column_norm",
+        "score_topk",
+    ),
+    "choosing.gps": ("gps", "gps_select"),
+    "choosing.scorers": (
+        "FPS",
+        "GrowthDriven",
+        "Magnitude",
+        "Random",
+        "Wanda",
+    ),
+    "choosing.select": ("select",),
+    "choosing.statistics": ("ActivationStats",),
+    "deltas.delta": ("Delta",),
+    "deltas.dense": ("merge_into_dense",),
+    "deltas.making": (
+        "diff",
+        "load_delta",
+        "save_delta",
+    ),
+    "deltas.merging": ("merge",),
+    "keeping.kept": ("kept",),
+    "ops": (
+        "BackendUnavailableError",
+        "backend_for",
+        "use_backend",
+    ),
+    "selection": (
+        "Selection",
+        "WeightSelection",
+    ),
+    "tuning.attaching": (
+        "attach",
+        "tuner_of",
+    ),
+    "tuning.groups": ("masked_parameters",),
+    "tuning.masked_adamw": ("MaskedAdamW",),
+    "tuning.tuner": ("Tuner",),
+    "weights.streaming": ("streamed",),
+}
+_ROOMS = ("choosing", "deltas", "keeping", "memory", "ops", "selection", "storage", "tuning", "weights")
+_PLACES = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = importlib.import_module(f"{__name__}.{_PLACES[name]}")
+    globals()[name] = found if name == "gps" else getattr(found, name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,6 +9,7 @@ import sys
 from typing import Annotated
 
 from fps_kernels._version import __version__
+from fps_kernels.cli.hints import install_hint
 
 
 def main() -> None:
@@ -23,9 +24,9 @@ def main() -> None:
         from fps_kernels.cli.plan import plan
         from fps_kernels.cli.select import select
         from fps_kernels.cli.tune import tune
+        from fps_kernels.cli.use import evaluate, export, predict
     except ImportError as error:
-        package = str(error.name).partition(".")[0]
-        print(f"error: the command line needs {package}: pip install {package}", file=sys.stderr)
+        print(f"error: {install_hint('the command line', error)}", file=sys.stderr)
         sys.exit(2)
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -41,7 +42,7 @@ def main() -> None:
     ) -> None:
         """Choose the few weights worth tuning in one forward pass, and tune only those."""
 
-    for command in (select, tune, apply, inspect, compare, plan, demo, doctor):
+    for command in (select, tune, evaluate, predict, export, apply, inspect, compare, plan, demo, doctor):
         app.command()(command)
     status = run(app)
     try:

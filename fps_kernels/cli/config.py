@@ -1,10 +1,14 @@
 """``--config FILE.yaml``: any command's options from a file; what is given on the command line wins."""
 
 import difflib
+from collections.abc import Collection, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from fps_kernels.cli.hints import install_hint
 
 
 def _read(context: typer.Context, path: Path | None) -> Path | None:
@@ -19,7 +23,7 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
     try:
         import yaml
     except ImportError as error:
-        raise ImportError("--config needs PyYAML: pip install pyyaml", name="yaml") from error
+        raise ImportError(install_hint("--config", error), name="yaml") from error
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -46,6 +50,23 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
             defaults[name] = [value] if repeated and not isinstance(value, list) else value
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
+
+
+def as_config(context: typer.Context, given: Mapping[str, Any], leave_out: Collection[str] = ()) -> dict[str, Any]:
+    """A command's arguments as a file for ``--config`` has them, so that the command can be given again.
+
+    Args:
+        context: of the command.
+        given: its arguments by name.
+        leave_out: names that are not to be in it; what is ``None`` is not, either.
+    """
+    found: dict[str, Any] = {}
+    for parameter in context.command.params:
+        value = given.get(parameter.name or "")
+        if value is None or value == [] or parameter.name in ("config", "help", *leave_out):
+            continue
+        found[_spelling(parameter)] = str(value) if isinstance(value, Path | StrEnum) else value
+    return found
 
 
 def _spelling(parameter: Any) -> str:

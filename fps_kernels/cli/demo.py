@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from fps_kernels.cli.config import Config
-from fps_kernels.cli.errors import distribution_of
+from fps_kernels.cli.hints import install_hint
 
 
 def demo(
@@ -33,9 +33,7 @@ def demo(
     try:
         from fps_kernels.demo.run import Settings, run
     except ImportError as error:
-        raise ImportError(
-            f"the demo needs {error.name}: pip install {distribution_of(error.name)}", name=error.name
-        ) from error
+        raise ImportError(install_hint("the demo", error), name=error.name) from error
     folder = data is not None
     run(
         Settings(

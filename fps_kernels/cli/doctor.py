@@ -3,16 +3,12 @@
 import importlib.metadata
 import platform
 
-import torch
 import typer
 
-from fps_kernels import ops
 from fps_kernels._version import __version__
 from fps_kernels.cli.config import Config
 from fps_kernels.cli.options import Json
 from fps_kernels.cli.output import print_json
-from fps_kernels.ops import native
-from fps_kernels.ops._dispatch import OPS
 
 NOT_INSTALLED = "not installed"
 OTHER = "fps-kernels"  # in the index: a plugin of a Jupyter server
@@ -27,6 +23,10 @@ def _version(package: str) -> str:
 
 def _self_test(device: str) -> str:
     """Each family of kernels once, against plain torch."""
+    import torch
+
+    from fps_kernels import ops
+
     W, x = torch.randn(37, 65, device=device), torch.randn(50, 65, device=device)
     acc = torch.zeros(65, dtype=torch.float64, device=device)
     ops.column_norm_(x, acc, 1.0)
@@ -58,6 +58,12 @@ def doctor(json: Json = False, config: Config = None) -> None:
     \b
     Example: fps-kernels doctor
     """
+    import torch
+
+    from fps_kernels import ops
+    from fps_kernels.ops import native
+    from fps_kernels.ops._dispatch import OPS
+
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     reason = native.unavailable_reason()
     found: dict[str, object] = {

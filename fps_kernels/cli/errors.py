@@ -5,7 +5,8 @@ from typing import Any
 
 import typer
 
-from fps_kernels.runs.processes import speaks
+from fps_kernels.cli.hints import install_hint
+from fps_kernels.runs.progress import speaks
 from fps_kernels.runs.stopping import InterruptedRunError
 
 # typer carries a copy of click or uses the installed one, depending on its version: this class is the one it raises.
@@ -53,14 +54,8 @@ def _text(error: Exception) -> str:
 def _hint(error: Exception) -> str:
     """What brings a package that is missing, where the message does not say it."""
     if isinstance(error, ModuleNotFoundError) and "pip install" not in str(error):
-        return f"; the command needs {error.name}: pip install {distribution_of(error.name)}"
+        return f"; {install_hint('the command', error)}"
     return ""
-
-
-def distribution_of(module: str | None) -> str:
-    """What brings a module that is missing."""
-    package = str(module).partition(".")[0]
-    return {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}.get(package, package)
 
 
 def _tell(text: str, code: int, label: str = "error") -> int:

@@ -1,26 +1,26 @@
 """``fps-kernels inspect``, ``compare`` and ``apply``: what is in selection and delta files."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from fps_kernels.cli.config import Config
 from fps_kernels.cli.options import Json, Precision
 from fps_kernels.cli.output import print_json, print_table
-from fps_kernels.deltas.buffers import first_of
-from fps_kernels.deltas.delta import Delta
-from fps_kernels.deltas.file_format import FORMATS
-from fps_kernels.runs.progress import note, warnings_in_lines
-from fps_kernels.selection import Selection
 from fps_kernels.storage.atomic import check_writable, replaced_at_once
-from fps_kernels.storage.checked_file import format_of
+
+if TYPE_CHECKING:
+    from fps_kernels.deltas.delta import Delta
+    from fps_kernels.selection import Selection
 
 
-def _selection(path: Path) -> tuple[Selection, Delta | None]:
+def _selection(path: Path) -> "tuple[Selection, Delta | None]":
+    from fps_kernels.deltas.delta import Delta
+    from fps_kernels.deltas.file_format import FORMATS
+    from fps_kernels.selection import Selection
+    from fps_kernels.storage.checked_file import format_of
+
     if format_of(path) in FORMATS:
         delta = Delta.load(path)
         return delta.selection, delta
@@ -51,16 +51,9 @@ def inspect(
         check_writable(html)
     selection, delta = _selection(path)
     rows = selection.summary()
-    about: dict[str, Any] = {
-        "file": str(path),
-        "kind": "selection" if delta is None else "delta",
-        "bytes": path.stat().st_size,
-        "entries": selection.nnz if delta is None else delta.entries,
-        "density": selection.density,
-        "trained_whole": len(selection.dense),
-        **selection.description,
-        **({} if delta is None else {"base": delta.base, **_buffers(delta), **delta.versions}),
-    }
+    about = about_file(path, selection, delta)
+    from fps_kernels.deltas.buffers import first_of
+
     listed = {**about, "weights": rows}
     about |= {k: f"{len(v)} ({first_of(v)})" for k, v in about.items() if isinstance(v, list)}
     if html is not None:
@@ -90,7 +83,21 @@ def inspect(
         typer.echo(f"bytes an entry: {own / delta.entries:.2f}{' without the buffers' if delta.buffers else ''}")
 
 
-def _buffers(delta: Delta) -> dict[str, Any]:
+def about_file(path: Path, selection: "Selection", delta: "Delta | None") -> dict[str, Any]:
+    """What is told of a selection or a delta beside its weights."""
+    return {
+        "file": str(path),
+        "kind": "selection" if delta is None else "delta",
+        "bytes": path.stat().st_size,
+        "entries": selection.nnz if delta is None else delta.entries,
+        "density": selection.density,
+        "trained_whole": len(selection.dense),
+        **selection.description,
+        **({} if delta is None else {"base": delta.base, **_buffers(delta), **delta.versions}),
+    }
+
+
+def _buffers(delta: "Delta") -> dict[str, Any]:
     """What is told of the buffers that training changed, where there are any."""
     found: dict[str, Any] = {}
     if delta.buffers:
@@ -100,11 +107,19 @@ def _buffers(delta: Delta) -> dict[str, Any]:
     return found
 
 
-def _write_report(html: Path, about: dict[str, Any], selection: Selection, against: Path | None, run: Path | None) -> None:
-    from fps_kernels.report import Run, report
+def _write_report(html: Path, about: dict[str, Any], selection: "Selection", against: Path | None, run: Path | None) -> None:
+    from fps_kernels.report import Run
 
     other = None if against is None else (str(against), _selection(against)[0])
-    page = report(about, selection, against=other, run=None if run is None else Run.read(run))
+    found = None if run is None else Run.read(run)
+    write_page(html, about, selection, against=other, run=found, evaluation=None if found is None else found.evaluation)
+
+
+def write_page(html: Path, about: dict[str, Any], selection: "Selection", **more: Any) -> None:
+    """Write a report; see :func:`fps_kernels.report.report`."""
+    from fps_kernels.report import report
+
+    page = report(about, selection, **more)
     with replaced_at_once(html) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
@@ -142,7 +157,7 @@ def compare(
 
 def apply(
     delta: Annotated[Path, typer.Argument(help="A delta file.")],
-    base: Annotated[Path, typer.Argument(help="The base model's weights, a safetensors file.")],
+    base: Annotated[Path, typer.Argument(help="The base model's weights: a .safetensors or .pth file.")],
     output: Annotated[Path, typer.Argument(help="Where the tuned weights go, a safetensors file.")],
     dtype: Annotated[
         Precision | None, typer.Option(help="Of the floating-point weights; the base's own if not given.")
@@ -159,29 +174,12 @@ def apply(
     Example: fps-kernels apply task.safetensors base.safetensors tuned.safetensors
     """
     check_writable(output)
-    loaded = Delta.load(delta)
-    with safe_open(base, framework="pt") as file:
-        metadata = file.metadata() or {}
-    tensors = load_file(base)
-    if dtype is not None:
-        tensors = {n: t.to(dtype.dtype) if t.is_floating_point() else t for n, t in tensors.items()}
-    floats = [t.dtype for t in tensors.values() if t.is_floating_point()]
-    usual = max(set(floats), key=floats.count, default=torch.float32)
-    new = [n for n, v in loaded.dense.items() if n not in tensors or tensors[n].shape != v.shape]
-    for name in new:
-        if name in tensors:
-            note(f"{name}: {list(tensors[name].shape)} in the base is replaced by {list(loaded.dense[name].shape)}")
-        tensors[name] = torch.empty_like(loaded.dense[name], dtype=usual)
-    # Old checkpoints lack the counters of batch norms, and those of a part of the model lack more.
-    lacking = {n: b for n, b in loaded.buffers.items() if n not in tensors}
-    tensors |= {n: torch.empty_like(b, dtype=usual if b.is_floating_point() else None) for n, b in lacking.items()}
-    with warnings_in_lines():
-        loaded.write_into(tensors)
-    with replaced_at_once(output) as temporary:
-        save_file(tensors, temporary, {**metadata, "format": "pt"})
+    from fps_kernels.runs.applying import apply_delta
+
+    found = apply_delta(delta, base, output, None if dtype is None else dtype.dtype)
     if json:
-        print_json({"file": str(output), "entries": loaded.entries, "weights": len(loaded.values), "new": [*new, *lacking]})
+        print_json({"file": str(output), "entries": found.entries, "weights": found.weights, "new": list(found.new)})
         return
-    buffers = f", {len(loaded.buffers)} buffers" if loaded.buffers else ""
-    parts = f"{len(loaded.values)} weights and {len(loaded.dense)} parameters{buffers}"
-    typer.echo(f"{output}: {loaded.entries:,} entries of {parts}")
+    buffers = f", {found.buffers} buffers" if found.buffers else ""
+    parts = f"{found.weights} weights and {found.dense} parameters{buffers}"
+    typer.echo(f"{output}: {found.entries:,} entries of {parts}")

@@ -6,14 +6,17 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import torch
 import typer
 
 if TYPE_CHECKING:
+    import torch
     from _typeshed import DataclassInstance
+
+    from fps_kernels.runs.splits import Source
 
 Record = TypeVar("Record", bound="DataclassInstance")
 MODEL, DATA, CHOICE, TRAINING, RUN = "Model", "Data", "Choice", "Training", "Run"
+AUGMENTATION, MEMORY = "What is done to images at random", "Memory"
 
 
 class Precision(StrEnum):
@@ -28,8 +31,10 @@ class Precision(StrEnum):
         return {"float32": cls.fp32, "bfloat16": cls.bf16}.get(str(value))
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """torch's name of it."""
+        import torch
+
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.value]
 
 
@@ -50,12 +55,14 @@ class Device(StrEnum):
     cpu = "cpu"
     cuda = "cuda"
 
-    def resolve(self) -> torch.device:
+    def resolve(self) -> "torch.device":
         """The device itself.
 
         Raises:
             ValueError: there is no such device here.
         """
+        import torch
+
         if self is Device.auto:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self is Device.cuda and not torch.cuda.is_available():
@@ -75,9 +82,25 @@ def record(kind: type[Record], given: Mapping[str, Any], **made: Any) -> Record:
     return kind(**{name: made[name] if name in made else given[name] for name in names})
 
 
+def source(given: Mapping[str, Any]) -> "Source":
+    """Where images are, of the options of a command; one that is not the command's is not given."""
+    from fps_kernels.runs.lists import Columns
+    from fps_kernels.runs.splits import Source
+
+    return Source(
+        given["data"],
+        given["data_root"],
+        given["download"],
+        given.get("train_split"),
+        given.get("val_split"),
+        given.get("test_split"),
+        Columns(given["path_column"], given["label_column"]),
+    )
+
+
 Model = Annotated[str, typer.Argument(help="A timm architecture, such as vit_base_patch16_224.", metavar="MODEL")]
 Checkpoint = Annotated[
-    Path | None, typer.Option(help="Its weights, a safetensors file with timm's keys.", rich_help_panel=MODEL)
+    Path | None, typer.Option(help="Its weights with timm's keys: a .safetensors or .pth file.", rich_help_panel=MODEL)
 ]
 Pretrained = Annotated[
     bool, typer.Option("--pretrained", help="timm's own weights, from its cache or downloaded.", rich_help_panel=MODEL)
@@ -97,12 +120,29 @@ OnDevice = Annotated[Device, typer.Option(help="auto: a GPU if there is one.", r
 Data = Annotated[
     str,
     typer.Option(
-        help="A folder with train/ and test/ (or val/), each with a folder per class; or a timm data set: torch/cifar10, "
-        "hfds/NAME.",
+        help="A folder with train/ and test/ (or val/), each with a folder per class or a metadata.csv; a list of paths and "
+        "labels (.csv, .tsv, .jsonl); or a timm data set: torch/cifar10, hfds/NAME.",
         rich_help_panel=DATA,
     ),
 ]
-DataRoot = Annotated[Path | None, typer.Option(help="Where a named data set lies.", rich_help_panel=DATA)]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(help="Where a named data set lies, or what the paths of a list are relative to.", rich_help_panel=DATA),
+]
+PathColumn = Annotated[
+    str | None, typer.Option(help="Column of paths in a list; file_name, path, image and so on.", rich_help_panel=DATA)
+]
+LabelColumn = Annotated[
+    str | None, typer.Option(help="Column of labels in a list; label, class, category and so on.", rich_help_panel=DATA)
+]
+ValidationSplit = Annotated[
+    str | None, typer.Option("--val-split", help="val or validation, if there is one.", rich_help_panel=DATA)
+]
+TestSplit = Annotated[str | None, typer.Option(help="test, if there is one.", rich_help_panel=DATA)]
+ValidationShare = Annotated[
+    float | None,
+    typer.Option("--val-share", help="Hold out such a share of the training images of each class.", rich_help_panel=DATA),
+]
 Download = Annotated[bool, typer.Option("--download", help="Download a named data set.", rich_help_panel=DATA)]
 TrainSplit = Annotated[str | None, typer.Option(help="train if not given.", rich_help_panel=DATA)]
 Workers = Annotated[

@@ -1,15 +1,15 @@
 """Tables for people, JSON for scripts."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fps_kernels.selection import Selection
-from fps_kernels.selection.summary import is_deep, summarised
+if TYPE_CHECKING:
+    from fps_kernels.selection import Selection
 
 
 def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
@@ -31,8 +31,10 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
 
-def print_selection(title: str, selection: Selection) -> None:
+def print_selection(title: str, selection: "Selection") -> None:
     """One row per weight; for deep models one row per kind of weight."""
+    from fps_kernels.selection.summary import is_deep, summarised
+
     deep = is_deep(selection)
     body = []
     for row in summarised(selection):

@@ -8,9 +8,7 @@ import typer
 from fps_kernels.cli.config import Config
 from fps_kernels.cli.options import Precision
 from fps_kernels.cli.output import print_json, print_table
-from fps_kernels.memory import format_bytes
-from fps_kernels.memory.planning import MEANINGS, METHODS
-from fps_kernels.memory.planning import plan as make_plan
+from fps_kernels.memory.methods import MEANINGS, METHODS
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -44,6 +42,9 @@ def plan(
     Example: fps-kernels plan vit_huge_patch14_224 --batch-size 16 \\
                  --dtype bf16 --gpu-memory 24GiB
     """
+    from fps_kernels.memory import format_bytes
+    from fps_kernels.memory.planning import plan as make_plan
+
     try:
         precision = Precision(dtype)
     except ValueError as error:

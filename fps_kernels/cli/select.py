@@ -10,7 +10,6 @@ from fps_kernels.cli import options
 from fps_kernels.cli.config import Config
 from fps_kernels.cli.options import Device, Precision, ScorerName
 from fps_kernels.cli.output import print_json, print_selection
-from fps_kernels.memory import format_bytes
 from fps_kernels.runs.progress import note
 from fps_kernels.storage.atomic import check_writable
 
@@ -27,6 +26,8 @@ def select(
     data: options.Data,
     data_root: options.DataRoot = None,
     download: options.Download = False,
+    path_column: options.PathColumn = None,
+    label_column: options.LabelColumn = None,
     train_split: options.TrainSplit = None,
     workers: options.Workers = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.", rich_help_panel=options.DATA)] = 32,
@@ -53,13 +54,15 @@ def select(
     """
     given = locals()
     check_writable(output)
+    from fps_kernels.memory import format_bytes
     from fps_kernels.runs.choice import Choice, choose
-    from fps_kernels.runs.images import Reading, default_workers, training_images
+    from fps_kernels.runs.images import Reading, default_workers
     from fps_kernels.runs.models import load_model
+    from fps_kernels.runs.splits import training_images
 
     choice = options.record(Choice, given, scorer=scorer.value)
     place = device.resolve()
-    images = training_images(data, train_split, data_root, download)
+    images = training_images(options.source(given))
     loaded = load_model(
         model,
         checkpoint=checkpoint,

@@ -8,22 +8,43 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fps_kernels.cli import options
-from fps_kernels.cli.config import Config
-from fps_kernels.cli.options import RUN, TRAINING, Device, Precision, ScorerName
+from fps_kernels.cli.config import Config, as_config
+from fps_kernels.cli.options import AUGMENTATION, MEMORY, RUN, TRAINING, Device, Precision, ScorerName
 from fps_kernels.cli.output import print_json, print_table
-from fps_kernels.memory import format_bytes
 from fps_kernels.storage.atomic import check_writable
 
 if TYPE_CHECKING:
     from fps_kernels.runs.job import Tuned
+    from fps_kernels.runs.range_test import RangeTest
 
 
 class Augment(StrEnum):
-    """What is done to training images at random."""
+    """What part of training images is shown at random."""
 
     none = "none"
     flip = "flip"
     crop = "crop"
+
+
+class Autocast(StrEnum):
+    """What is multiplied in."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Keep(StrEnum):
+    """Which epoch is written."""
+
+    last = "last"
+    best = "best"
+
+
+class Schedule(StrEnum):
+    """What the learning rate does after the warm-up."""
+
+    cosine = "cosine"
+    constant = "constant"
 
 
 def tune(
@@ -41,16 +62,39 @@ def tune(
     data: options.Data,
     data_root: options.DataRoot = None,
     download: options.Download = False,
+    path_column: options.PathColumn = None,
+    label_column: options.LabelColumn = None,
     train_split: options.TrainSplit = None,
-    test_split: Annotated[str | None, typer.Option(help="test or val if not given.", rich_help_panel=options.DATA)] = None,
+    val_split: options.ValidationSplit = None,
+    val_share: options.ValidationShare = None,
+    test_split: options.TestSplit = None,
+    check_images: Annotated[
+        bool, typer.Option(help="Look at every image file before any work.", rich_help_panel=options.DATA)
+    ] = True,
     workers: options.Workers = None,
     seed: options.Seed = 0,
     augment: Annotated[
-        Augment, typer.Option(help="crop: a random part of the image, and flip.", rich_help_panel=options.DATA)
+        Augment, typer.Option(help="flip: left and right; crop: a random part, and flip.", rich_help_panel=AUGMENTATION)
     ] = Augment.flip,
     crop_scale: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Smallest share of an image in a crop.", rich_help_panel=options.DATA)
+        float, typer.Option(min=0.01, max=1, help="Smallest share of an image in a crop.", rich_help_panel=AUGMENTATION)
     ] = 0.5,
+    auto_augment: Annotated[
+        str | None,
+        typer.Option(help="A policy of timm's, such as rand-m9-mstd0.5.", metavar="POLICY", rich_help_panel=AUGMENTATION),
+    ] = None,
+    color_jitter: Annotated[
+        float, typer.Option(min=0, help="Strength of changes of colour.", rich_help_panel=AUGMENTATION)
+    ] = 0.0,
+    erase: Annotated[
+        float, typer.Option(min=0, max=1, help="Chance that a rectangle is erased.", rich_help_panel=AUGMENTATION)
+    ] = 0.0,
+    mixup: Annotated[
+        float, typer.Option(min=0, help="Alpha of mixing two images; 0 for none.", rich_help_panel=AUGMENTATION)
+    ] = 0.0,
+    cutmix: Annotated[
+        float, typer.Option(min=0, help="Alpha of a rectangle of another image; 0 for none.", rich_help_panel=AUGMENTATION)
+    ] = 0.0,
     selection: Annotated[
         Path | None,
         typer.Option(help="A selection file, instead of the options below.", metavar="FILE", rich_help_panel=options.CHOICE),
@@ -70,23 +114,66 @@ def tune(
         int, typer.Option(min=1, help="Images in a forward pass, of all processes.", rich_help_panel=TRAINING)
     ] = 32,
     accumulate: Annotated[int, typer.Option(min=1, help="Forward passes in a step.", rich_help_panel=TRAINING)] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=TRAINING)] = 1e-3,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak learning rate; by the budget if not given (docs: choosing a rate).", rich_help_panel=TRAINING
+        ),
+    ] = None,
+    find_lr: Annotated[
+        bool, typer.Option("--find-lr", help="Suggest a rate by a range test, and stop.", rich_help_panel=TRAINING)
+    ] = False,
     lr_dense: Annotated[
-        float | None, typer.Option(help="Of the parameters trained whole; --lr if not given.", rich_help_panel=TRAINING)
+        float | None,
+        typer.Option(help="Of the parameters trained whole; --lr if not given, or 1e-3.", rich_help_panel=TRAINING),
     ] = None,
     weight_decay: Annotated[float, typer.Option(help="Of the tuned entries.", rich_help_panel=TRAINING)] = 1e-4,
     warmup: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the steps in which the rate rises.", rich_help_panel=TRAINING)
     ] = 0.1,
+    schedule: Annotated[
+        Schedule, typer.Option(help="What the rate does after that.", rich_help_panel=TRAINING)
+    ] = Schedule.cosine,
     label_smoothing: Annotated[
         float, typer.Option(min=0, max=0.99, help="Of the cross-entropy.", rich_help_panel=TRAINING)
     ] = 0.0,
     clip_grad: Annotated[float | None, typer.Option(help="Largest norm of the gradients.", rich_help_panel=TRAINING)] = None,
-    autocast: Annotated[bool, typer.Option("--autocast", help="Compute in bfloat16.", rich_help_panel=TRAINING)] = False,
+    class_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="balanced: each class counts alike in the loss; or a JSON file of a number for each class.",
+            metavar="balanced|FILE",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    ema: Annotated[
+        float,
+        typer.Option(
+            min=0, max=0.9999999, help="Decay of a running average, which is then written.", rich_help_panel=TRAINING
+        ),
+    ] = 0.0,
+    keep: Annotated[
+        Keep, typer.Option(help="best: the epoch that is best on validation images.", rich_help_panel=TRAINING)
+    ] = Keep.last,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after so many epochs without a better one.", rich_help_panel=TRAINING),
+    ] = None,
+    autocast: Annotated[Autocast | None, typer.Option(help="Multiply in a 16-bit dtype.", rich_help_panel=MEMORY)] = None,
+    keep_bits: Annotated[
+        int | None,
+        typer.Option(min=8, max=8, help="Keep what the backward pass needs in 8 bits.", rich_help_panel=MEMORY),
+    ] = None,
+    grad_checkpointing: Annotated[
+        bool, typer.Option("--grad-checkpointing", help="Compute blocks twice, and keep less.", rich_help_panel=MEMORY)
+    ] = False,
     deterministic: Annotated[
         bool, typer.Option(help="On a GPU: kernels that give the same bits each time.", rich_help_panel=TRAINING)
     ] = True,
-    output: Annotated[Path, typer.Option(help="The tuned entries, a delta file.", metavar="FILE", rich_help_panel=RUN)],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The tuned entries, a delta file; not for --find-lr.", metavar="FILE", rich_help_panel=RUN),
+    ] = None,
     run: Annotated[
         Path | None,
         typer.Option(help="Folder of the run; OUTPUT with the ending .run if not given.", rich_help_panel=RUN),
@@ -108,6 +195,7 @@ def tune(
     ] = True,
     json: options.Json = False,
     config: Config = None,
+    context: typer.Context,
 ) -> None:
     """Tune the chosen entries of a model on images, and write them to a small delta file.
 
@@ -128,30 +216,33 @@ def tune(
     made |= {"global": across, "include": include, "exclude": exclude, "dense": dense, "micro-batch": micro_batch}
     if selection is not None and (clash := next((name for name, given in made.items() if given), None)):
         raise ValueError(f"--selection has its choice made: --{clash} does not go with it")
-    check_writable(output)
-    folder = output.with_suffix(".run") if run is None else run
-    if folder == output:
-        raise ValueError(f"--output {output} and the run folder are one path: give another --run")
+    if val_share is not None and not 0 < val_share < 1:
+        raise ValueError(f"--val-share must lie between 0 and 1, got {val_share}")
+    if keep_bits is not None and stream:
+        raise ValueError("--keep-bits does not go with --stream, which adds entries beside layers")
+    folder = _folder(output, run, find_lr)
 
-    from fps_kernels.runs.choice import Choice
-    from fps_kernels.runs.images import default_workers, training_and_test_images
+    from fps_kernels.runs.choice import Choice, entries_per_neuron
+    from fps_kernels.runs.images import default_workers
     from fps_kernels.runs.job import Job, make_deterministic, tune_model
-    from fps_kernels.runs.loop import Habits, Recipe
+    from fps_kernels.runs.loss import class_weights_of
     from fps_kernels.runs.models import load_model
     from fps_kernels.runs.processes import joined
+    from fps_kernels.runs.range_test import find_rate
+    from fps_kernels.runs.recipe import DENSE_RATE, Habits, Recipe, usual_rate
+    from fps_kernels.runs.splits import splits_of
 
     choice = options.record(Choice, given, scorer=scorer.value)
-    recipe = options.record(Recipe, given, lr_dense=lr if lr_dense is None else lr_dense, augment=augment.value)
     with joined(device.resolve().type == "cuda") as processes:
         place = processes.place(device.resolve())
         if deterministic:
             make_deterministic(place)
-        train, test = training_and_test_images(data, train_split, test_split, data_root, download)
+        splits = splits_of(options.source(given), val_share, seed)
         loaded = load_model(
             model,
             checkpoint=checkpoint,
             pretrained=pretrained,
-            classes=len(train.classes),
+            classes=len(splits.train.classes),
             image_size=image_size,
             dtype=dtype.dtype,
             device=place,
@@ -159,27 +250,39 @@ def tune(
             drop_path=drop_path,
             stream=stream,
         )
+        rate = usual_rate(entries_per_neuron(choice, selection, loaded.model)) if lr is None else lr
+        recipe = options.record(
+            Recipe,
+            given,
+            lr=rate,
+            lr_dense=lr_dense or lr or DENSE_RATE,
+            augment=augment.value,
+            schedule=schedule.value,
+            keep=keep.value,
+            autocast=None if autocast is None else autocast.value,
+            class_weights=class_weights_of(class_weights, splits.train),
+        )
+        settings = {"image_size": image_size, "dtype": dtype.value, "drop_path": drop_path, "stream": stream}
         job = Job(
             name=model,
-            settings={
-                "model": model,
-                "image_size": image_size,
-                "dtype": dtype.value,
-                "drop_path": drop_path,
-                "stream": stream,
-            },
+            settings={"model": model, **settings},
+            options=as_config(context, given, leave_out=("output", "run", "json", "find_lr", "tensorboard")),
             selection=selection,
             choice=choice,
             recipe=recipe,
             habits=options.record(Habits, given),
             workers=default_workers() if workers is None else workers,
             folder=folder,
-            output=output,
+            output=output or folder,
             bf16_values=bf16_values,
             buffers=buffers,
             tensorboard=tensorboard,
+            check=check_images,
         )
-        tuned = tune_model(job, loaded, train, test, processes)
+        if find_lr:
+            _print_rates(find_rate(job, loaded, splits.train, processes), json)
+            return
+        tuned = tune_model(job, loaded, splits, processes)
     if tuned is None:
         return
     if json:
@@ -189,10 +292,37 @@ def tune(
     _print(tuned, output, folder)
 
 
-def _print(tuned: "Tuned", output: Path, folder: Path) -> None:
+def _folder(output: Path | None, run: Path | None, find_lr: bool) -> Path:
+    """Of the run."""
+    if output is None:
+        if not find_lr:
+            raise ValueError("--output FILE is missing: where the tuned entries go")
+        return Path()
+    check_writable(output)
+    folder = output.with_suffix(".run") if run is None else run
+    if folder == output:
+        raise ValueError(f"--output {output} and the run folder are one path: give another --run")
+    return folder
+
+
+def _print_rates(found: "RangeTest", json: bool) -> None:
+    if json:
+        print_json(asdict(found))
+        return
+    every = max(1, len(found.rates) // 20)
+    rows = [[f"{rate:.2e}", f"{loss:.4f}"] for rate, loss in list(zip(found.rates, found.losses, strict=True))[::every]]
+    print_table("range test", ["learning rate", "loss, smoothed"], rows)
+    typer.echo(f"suggested: --lr {found.suggested:.1e}")
+
+
+def _print(tuned: "Tuned", output: Path | None, folder: Path) -> None:
+    from fps_kernels.memory import format_bytes
+
+    five = "" if tuned.top5 is None else f", {tuned.top5:.2%} among the first five"
     rows = [
-        ["accuracy", f"{tuned.accuracy:.2%} of {tuned.test_images:,} test images"],
-        ["test loss", f"{tuned.test_loss:.4f}"],
+        ["accuracy", f"{tuned.accuracy:.2%} of {tuned.images:,} {tuned.split} images{five}"],
+        [f"{tuned.split} loss", f"{tuned.loss:.4f}"],
+        *([] if tuned.best_epoch is None else [["best epoch", str(tuned.best_epoch)]]),
         ["trained", f"{tuned.trained:,} numbers, {tuned.steps:,} steps"],
         ["step", f"{tuned.step_seconds:.3f} s (median)"],
         ["peak memory", "–" if tuned.peak_memory is None else format_bytes(tuned.peak_memory)],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fps_kernels.choosing.budgets import Budget, Global, PerNeuron, PerTensor
 from fps_kernels.choosing.calibration import calibrate
@@ -14,10 +14,12 @@ from fps_kernels.choosing.scorers import FPS, GrowthDriven, Magnitude, Random, S
 from fps_kernels.choosing.select import select
 from fps_kernels.choosing.statistics import ActivationStats
 from fps_kernels.memory import measure
-from fps_kernels.runs.images import ImageSet, Reading, as_seen_by, sample, training_images
+from fps_kernels.runs.images import ImageSet, Reading, sample
 from fps_kernels.runs.models import Loaded
-from fps_kernels.runs.processes import Processes, speaks
-from fps_kernels.runs.progress import progress_bar
+from fps_kernels.runs.processes import Processes
+from fps_kernels.runs.progress import progress_bar, speaks
+from fps_kernels.runs.splits import Source, training_images
+from fps_kernels.runs.views import as_seen_by
 from fps_kernels.selection import Selection
 
 SCORERS = ("fps", "wanda", "magnitude", "random", "growth")
@@ -70,6 +72,21 @@ class Choice:
         if self.density is None:
             return PerNeuron(self.k or 1)
         return Global(self.density) if self.across else PerTensor(self.density)
+
+
+def entries_per_neuron(choice: Choice, selection: Path | None, model: nn.Module) -> float:
+    """How many entries an output neuron gets in the mean: those of a selection file, or what a choice asks for.
+
+    Raises:
+        ValueError: the file is no selection.
+    """
+    if selection is not None:
+        chosen = Selection.load(selection)
+        return chosen.nnz / max(1, sum(w.layout.shape[0] for w in chosen.values()))
+    if choice.density is None:
+        return choice.k or 1
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    return choice.density * sum(p.numel() for p in weights) / max(1, sum(p.shape[0] for p in weights))
 
 
 @dataclass(frozen=True)
@@ -156,7 +173,7 @@ def _anchor(
     assert choice.anchor is not None
     if choice.anchor.is_file():
         return ActivationStats.load(choice.anchor, loaded.device)
-    images = training_images(str(choice.anchor), None, None, False)
+    images = training_images(Source(str(choice.anchor)))
     with loaded.present():
         stats = calibrate(loaded.model, batches(images, "anchor"), micro_batch=choice.micro_batch, progress=False)
     if processes.size > 1:

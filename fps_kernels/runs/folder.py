@@ -8,20 +8,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor
 
 from fps_kernels.storage.atomic import replaced_at_once
 from fps_kernels.storage.checked_file import read, write
 
-FORMAT = "fps_kernels.run.1"
+FORMAT = "fps_kernels.run.2"
+BEST_FORMAT = "fps_kernels.best.1"
 
 
 class RunFolder:
     """A folder with these files.
 
-    ``settings.json``: what the run depends on; ``selection.safetensors``: what is tuned; ``choosing.json``: what that
-    choice cost; ``metrics.jsonl``: one JSON object a line, in the order of the steps; ``state/state.safetensors``: where the
-    run is, replaced at once whenever it is saved.
+    ``settings.json``: what the run depends on; ``config.yaml``: the options of the command, for ``--config``;
+    ``selection.safetensors``: what is tuned; ``choosing.json``: what that choice cost; ``metrics.jsonl``: one JSON object a
+    line, in the order of the steps; ``state/state.safetensors``: where the run is, replaced at once whenever it is saved;
+    ``best/best.safetensors``: what was best, if that is to be kept; ``evaluation.json``: what the tuned model did on the
+    images it was measured on.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,6 +34,9 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self._settings = path / "settings.json"
         self._choosing = path / "choosing.json"
+        self._best = path / "best" / "best.safetensors"
+        self.evaluation = path / "evaluation.json"
+        self.config = path / "config.yaml"
         self._state = path / "state" / "state.safetensors"
 
     @contextmanager
@@ -41,25 +48,28 @@ class RunFolder:
         """
         if self.path.exists() and (not self.path.is_dir() or (any(self.path.iterdir()) and not self._known())):
             raise ValueError(f"{self.path} is there already and is no run folder: give another --run")
-        self._state.parent.mkdir(parents=True, exist_ok=True)
+        for file in (self._state, self._best):
+            file.parent.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("w") as lock:
             try:
                 # Not flock: processes that read images would inherit it, and outlive a killed one for a while.
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise ValueError(f"another process is tuning in {self.path}") from error
-            for stray in self._state.parent.glob(".*"):  # of a process that was killed while it saved
-                stray.unlink()
+            for file in (self._state, self._best):
+                for stray in file.parent.glob(".*"):  # of a process that was killed while it saved
+                    stray.unlink()
             yield
 
     def _known(self) -> bool:
         return (self.path / "state").is_dir() or self._settings.is_file()
 
-    def check_settings(self, settings: Mapping[str, Any]) -> None:
+    def check_settings(self, settings: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         """Keep the settings of a new run; compare them with those of one that is there.
 
         Args:
             settings: what JSON can hold, by the names of the options.
+            options: of the command, kept for ``--config``.
 
         Raises:
             ValueError: the run has others; the message names the first that differs.
@@ -68,6 +78,8 @@ class RunFolder:
         if not self._settings.is_file():
             with replaced_at_once(self._settings) as temporary:
                 temporary.write_text(json.dumps(now, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            with replaced_at_once(self.config) as temporary:
+                temporary.write_text(yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True), encoding="utf-8")
             return
         try:
             before = json.loads(self._settings.read_text(encoding="utf-8"))
@@ -132,6 +144,20 @@ class RunFolder:
         if size > content["metrics_bytes"]:  # of steps that are done again
             os.truncate(self.metrics, content["metrics_bytes"])
         return content, tensors
+
+    def save_best(self, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Replace the best values so far."""
+        write(self._best, BEST_FORMAT, content, tensors)
+
+    def load_best(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What :meth:`save_best` was given last.
+
+        Raises:
+            ValueError: there is none, or it is damaged.
+        """
+        if not self._best.is_file():
+            raise ValueError(f"{self.path} holds no best values")
+        return read(self._best, BEST_FORMAT, "best values of a run")
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Add a line to the metrics."""

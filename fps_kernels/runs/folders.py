@@ -1,7 +1,7 @@
-"""Folders of images, a folder per class, as people have them; and each image as it is meant to be seen."""
+"""Image files with labels: folders, a folder per class, as people have them; and each image as it is meant to be seen."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,14 +21,14 @@ class UnreadableImageError(ValueError):
 
 
 @dataclass(frozen=True)
-class FolderOfClasses:
+class ImageFiles:
     """Image files with their labels.
 
     Attributes:
-        root: the folder.
-        files: of images, sorted within each class.
+        root: the folder that names are told from.
+        files: of images; those of a folder of classes are sorted within each class.
         labels: of each file, an index into ``classes``.
-        classes: the names of the folders directly below ``root``, sorted.
+        classes: their names, sorted: those of the folders directly below ``root``, or those of a list.
     """
 
     root: Path
@@ -40,7 +40,7 @@ class FolderOfClasses:
         return len(self.files)
 
     @classmethod
-    def of(cls, root: Path) -> "FolderOfClasses":
+    def of(cls, root: Path) -> "ImageFiles":
         """Look through a folder. A class is a direct child; its images lie anywhere below.
 
         What is hidden, what is no image and images beside the classes are left out, which is said in one line.
@@ -72,7 +72,7 @@ class FolderOfClasses:
         return cls(root, tuple(files), tuple(found), tuple(names))
 
     @classmethod
-    def unlabelled(cls, root: Path) -> "FolderOfClasses":
+    def unlabelled(cls, root: Path) -> "ImageFiles":
         """All images below a folder, as one class.
 
         Raises:
@@ -85,9 +85,13 @@ class FolderOfClasses:
         _say(root, left_out)
         return cls(root, files, (0,) * len(files), (root.name,))
 
-    def with_labels(self, numbers: Mapping[str, int]) -> "FolderOfClasses":
+    def with_labels(self, numbers: Mapping[str, int]) -> "ImageFiles":
         """With other labels of the same classes, as of another folder that has these and more."""
         return replace(self, labels=tuple(numbers[self.classes[label]] for label in self.labels), classes=tuple(numbers))
+
+    def part(self, places: Sequence[int]) -> "ImageFiles":
+        """Some of the images, of the same classes."""
+        return replace(self, files=tuple(self.files[i] for i in places), labels=tuple(self.labels[i] for i in places))
 
     def read(self, index: int, mode: str) -> Image.Image:
         """An image, as :func:`read_image` does."""
@@ -108,19 +112,23 @@ def _say(root: Path, left_out: dict[str, int]) -> None:
         note(f"{root}: left out {sum(left_out.values())} of what is there: {what}")
 
 
-def _images(folder: Path, left_out: dict[str, int]) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder, followlinks=True):
-        for name in [*folders, *files]:
-            if _is_hidden(name):
-                _count(left_out, "hidden")
-        folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        for name in sorted(files):
-            if _is_hidden(name):
-                continue
-            if Path(name).suffix.lower() in ENDINGS:
-                yield Path(place, name)
-            else:
-                _count(left_out, "no image")
+def _images(folder: Path, left_out: dict[str, int], above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Of a folder first, then of the folders in it; links are followed, but not to a folder that is being looked through."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    folders = []
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        if _is_hidden(path.name):
+            _count(left_out, "hidden")
+        elif path.is_dir():
+            folders.append(path)
+        elif path.suffix.lower() in ENDINGS:
+            yield path
+        else:
+            _count(left_out, "no image")
+    for path in folders:
+        yield from _images(path, left_out, above | {here})
 
 
 def read_image(path: Path, mode: str) -> Image.Image:

@@ -1,26 +1,21 @@
-"""Images from folders and from timm's named data sets, in an order that is a function of the seed and of the position."""
+"""Images and their labels, in an order that is a function of the seed and of the position."""
 
 import hashlib
 import os
 import random
 import signal
-import sys
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import transforms
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-from fps_kernels.runs.folders import FolderOfClasses, UnreadableImageError, in_mode
-
-_HELD_OUT = ("test", "val", "validation")
+from fps_kernels.runs.folders import ImageFiles, UnreadableImageError, in_mode
 
 
 @dataclass(frozen=True)
@@ -46,119 +41,50 @@ class ImageSet:
         Raises:
             UnreadableImageError: it is no image, damaged, or has no label.
         """
-        if isinstance(self.dataset, FolderOfClasses):
+        if isinstance(self.dataset, ImageFiles):
             return self.dataset.read(index, mode), self.dataset.labels[index]
         try:
             image, target = self.dataset[index]
             image = in_mode(image, mode)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UnreadableImageError(f"{self._place(index)} cannot be read: {error}") from error
+            raise UnreadableImageError(f"{self.place(index)} cannot be read: {error}") from error
         if not isinstance(target, int) or not 0 <= target < max(len(self.classes), 1):
-            raise UnreadableImageError(f"{self._place(index)} has the label {target!r}, not one of {len(self.classes)}")
+            raise UnreadableImageError(f"{self.place(index)} has the label {target!r}, not one of {len(self.classes)}")
         return image, target
 
-    def _place(self, index: int) -> str:
+    def place(self, index: int) -> str:
+        """What to call an image: its path, where it has one."""
+        if isinstance(self.dataset, ImageFiles):
+            return str(self.dataset.files[index])
         return f"image {index} of {self.name}"
+
+    def labels(self) -> list[int] | None:
+        """Of all images, without reading them; ``None`` where the data set does not tell."""
+        if isinstance(self.dataset, ImageFiles):
+            return list(self.dataset.labels)
+        if isinstance(self.dataset, Subset):
+            known = ImageSet(self.name, self.dataset.dataset, self.classes).labels()
+            return None if known is None else [known[i] for i in self.dataset.indices]
+        samples = getattr(getattr(self.dataset, "reader", None), "samples", None)
+        targets = getattr(self.dataset, "targets", None)
+        if targets is None and samples is not None:
+            targets = [target for _, target in samples]
+        return None if targets is None else [int(target) for target in targets]
+
+    def part(self, name: str, places: Sequence[int]) -> "ImageSet":
+        """Some of the images, of the same classes."""
+        held = self.dataset
+        return ImageSet(name, held.part(places) if isinstance(held, ImageFiles) else Subset(held, places), self.classes)
 
     def digest(self) -> str:
         """Changes with the names, the number and the labels of the images."""
         found = hashlib.sha256(f"{len(self)} {self.classes}".encode())
-        if isinstance(self.dataset, FolderOfClasses):
+        if isinstance(self.dataset, ImageFiles):
             for path, target in zip(self.dataset.files, self.dataset.labels, strict=True):
                 found.update(f"{os.path.relpath(path, self.dataset.root)} {target}\n".encode(errors="surrogateescape"))
+        elif isinstance(self.dataset, Subset):
+            found.update(repr(list(self.dataset.indices)).encode())
         return found.hexdigest()
-
-
-def open_split(data: str, split: str, root: Path | None = None, download: bool = False) -> ImageSet:
-    """A split of a named data set, or a folder of images with a folder per class below it.
-
-    Raises:
-        ValueError: there is no such thing, or it holds no image.
-        ImportError: it needs a package that is not installed.
-    """
-    folder = Path(data)
-    if folder.is_dir():
-        if root is not None:
-            raise ValueError(f"--data-root {root} says where a named data set lies, and {data} is a folder: leave it out")
-        place = folder / split if split else folder
-        if not place.is_dir():
-            raise ValueError(f"{data} has no folder {split}")
-        images = FolderOfClasses.of(place)
-        return ImageSet(str(place), images, images.classes)
-    kind, _, rest = data.partition("/")
-    if kind.lower() not in ("torch", "hfds") or not rest:
-        raise ValueError(f"there is no folder {data}; data sets of timm are named torch/cifar10 or hfds/NAME")
-    try:
-        with redirect_stdout(sys.stderr):  # which is for results
-            dataset = create_dataset(data, root=None if root is None else str(root), split=split, download=download)
-    except ImportError as error:
-        raise ImportError(f"{data} needs {error.name}: pip install {error.name}", name=error.name) from error
-    except (AssertionError, RuntimeError, OSError, TypeError, ValueError) as error:
-        hint = "" if root is not None or kind.lower() == "hfds" else "; --data-root says where it lies"
-        raise ValueError(f"{data}, split {split}, cannot be opened: {' '.join(str(error).split())}{hint}") from error
-    known = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or getattr(dataset, "classes", ())
-    if not known:
-        raise ValueError(f"{data} does not say which classes it has")
-    return ImageSet(f"{data}, {split}", dataset, tuple(map(str, known)))
-
-
-def training_images(data: str, split: str | None, root: Path | None, download: bool) -> ImageSet:
-    """The training split; of a folder without a folder ``train``, all images, which need no classes.
-
-    Raises:
-        ValueError: see :func:`open_split`.
-    """
-    if split is None and root is None and Path(data).is_dir() and not (Path(data) / "train").is_dir():
-        images = FolderOfClasses.unlabelled(Path(data))
-        return ImageSet(data, images, images.classes)
-    return open_split(data, split or "train", root, download)
-
-
-def training_and_test_images(
-    data: str, train_split: str | None, test_split: str | None, root: Path | None, download: bool
-) -> tuple[ImageSet, ImageSet]:
-    """Both splits, with the same labels.
-
-    Raises:
-        ValueError: one of them is missing, there are fewer than two classes, or the test images have others.
-    """
-    folder = Path(data)
-    if folder.is_dir():
-        held_out = test_split or next((name for name in _HELD_OUT if (folder / name).is_dir()), None)
-        if held_out is None or not (folder / (train_split or "train")).is_dir():
-            raise ValueError(f"{data} must hold the folders train and test (or val), each with one folder per class")
-        test_split = held_out
-    train = open_split(data, train_split or "train", root, download)
-    test = open_split(data, test_split or "test", root, download)
-    if len(train.classes) < 2:
-        raise ValueError(f"{train.name} has one class only: each class needs a folder of its own")
-    if train.classes != test.classes:
-        if others := sorted(set(test.classes) - set(train.classes)):
-            raise ValueError(f"{test.name} has the class {others[0]!r}, which {train.name} lacks")
-        if not isinstance(test.dataset, FolderOfClasses):
-            raise ValueError(f"the classes of {train.name} and {test.name} differ")
-        labels = {name: i for i, name in enumerate(train.classes)}
-        test = ImageSet(test.name, test.dataset.with_labels(labels), train.classes)
-    return train, test
-
-
-def as_seen_by(config: dict[str, Any], augment: str = "none", crop_scale: float = 0.5) -> Callable[[Image.Image], Tensor]:
-    """From an image to what the model takes, ``[C, H, W]`` float32.
-
-    Args:
-        config: ``timm.data.resolve_model_data_config(model)``.
-        augment: ``none``, ``flip`` (left and right, at random) or ``crop`` (a random part of it, and flip).
-        crop_scale: smallest share of the image's area that a random crop shows.
-    """
-    shown: dict[str, Any] = {key: config[key] for key in ("input_size", "interpolation", "mean", "std")}
-    if augment == "crop":
-        made = create_transform(**shown, is_training=True, scale=(crop_scale, 1.0), hflip=0.5, color_jitter=None)
-    else:
-        made = create_transform(**shown, is_training=False, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
-    if augment == "flip":
-        made = transforms.Compose([transforms.RandomHorizontalFlip(), made])
-    transform: Callable[[Image.Image], Tensor] = made
-    return transform
 
 
 @dataclass(frozen=True)
@@ -215,7 +141,7 @@ class _Drawn(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = place
         image, target = self.images.read(index, self.mode)
-        with _seeded(mixed(self.seed, epoch, index)):
+        with seeded(mixed(self.seed, epoch, index)):
             return self.transform(image), target
 
 
@@ -225,16 +151,18 @@ def mixed(*numbers: int) -> int:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Random numbers of a seed inside, the process's own afterwards."""
-    before = torch.get_rng_state(), random.getstate()
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would also note it for GPUs, with a stack trace each time
     random.seed(seed)
+    np.random.seed(seed % 2**32)  # timm's policies draw from it
     try:
         yield
     finally:
         torch.set_rng_state(before[0])
         random.setstate(before[1])
+        np.random.set_state(before[2])
 
 
 class _Listed(Sampler[list[tuple[int, int]]]):
@@ -245,7 +173,8 @@ class _Listed(Sampler[list[tuple[int, int]]]):
         return self.make()
 
 
-def _leave_signals(_: int) -> None:
+def leave_signals(_: int) -> None:
+    """In a process that reads images."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the main process decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -286,7 +215,7 @@ class Reading:
             batch_sampler=_Listed(batches),
             num_workers=self.workers,
             pin_memory=self.pinned,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=leave_signals,
             generator=torch.Generator(),  # the loader draws a number when it starts: not one of the model's
         )
         try:

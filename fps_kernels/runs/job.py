@@ -15,13 +15,17 @@ import torch
 from fps_kernels.deltas.buffers import first_of
 from fps_kernels.deltas.making import save_delta
 from fps_kernels.memory import format_bytes
+from fps_kernels.runs.checking import check_images
 from fps_kernels.runs.choice import Choice, choose
+from fps_kernels.runs.evaluation import Evaluation
 from fps_kernels.runs.folder import RunFolder, read_metrics
 from fps_kernels.runs.images import ImageSet, Reading
-from fps_kernels.runs.loop import Habits, Recipe, Training
+from fps_kernels.runs.loop import Training
 from fps_kernels.runs.models import Loaded
 from fps_kernels.runs.processes import Processes
 from fps_kernels.runs.progress import note, progress_bar, warn, warnings_in_lines
+from fps_kernels.runs.recipe import Habits, Recipe
+from fps_kernels.runs.splits import Splits
 from fps_kernels.runs.stopping import StopSignal
 from fps_kernels.selection import Selection
 from fps_kernels.tuning.attaching import attach
@@ -35,6 +39,7 @@ class Job:
     Attributes:
         name: of the architecture.
         settings: of the model, which the run depends on beside the recipe and the choice.
+        options: of the command, as a config file has them.
         selection: a file, or ``None``: choose by ``choice``.
         choice: how to choose.
         recipe: how to train.
@@ -45,10 +50,12 @@ class Job:
         bf16_values: write its values in bfloat16.
         buffers: hold the buffers that training changed.
         tensorboard: folder for TensorBoard.
+        check: look at all images first.
     """
 
     name: str
     settings: dict[str, Any]
+    options: dict[str, Any]
     selection: Path | None
     choice: Choice
     recipe: Recipe
@@ -59,6 +66,7 @@ class Job:
     bf16_values: bool
     buffers: bool
     tensorboard: Path | None
+    check: bool
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,12 @@ class Tuned:
         bytes: of the delta file.
         steps: of the whole run.
         trained: numbers that were trained.
-        accuracy: share of the test images that are classified correctly, at the end.
-        test_loss: mean cross-entropy on them.
-        test_images: their number.
+        split: ``test`` or ``validation``: what the model was measured on at the end.
+        images: their number.
+        accuracy: share of them that is classified correctly.
+        top5: share of them whose label is among the five most probable classes, ``None`` for up to five classes.
+        loss: mean cross-entropy on them.
+        best_epoch: the epoch that was kept, ``None`` where it is the last one.
         step_seconds: median over the records of the metrics.
         peak_memory: bytes, ``None`` where the run was at its end already.
     """
@@ -79,9 +90,12 @@ class Tuned:
     bytes: int
     steps: int
     trained: int
+    split: str
+    images: int
     accuracy: float
-    test_loss: float
-    test_images: int
+    top5: float | None
+    loss: float
+    best_epoch: int | None
     step_seconds: float
     peak_memory: int | None
 
@@ -93,9 +107,7 @@ def make_deterministic(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def tune_model(
-    job: Job, loaded: Loaded, train: ImageSet, test: ImageSet, processes: Processes | None = None
-) -> Tuned | None:
+def tune_model(job: Job, loaded: Loaded, splits: Splits, processes: Processes | None = None) -> Tuned | None:
     """Tune, or go on with the run that is in the folder, and write the delta. Of several processes the first one writes,
     and the others return ``None``.
 
@@ -106,7 +118,13 @@ def tune_model(
     """
     processes = Processes() if processes is None else processes
     writer = _tensorboard_writer() if job.tensorboard is not None and processes.first else None
-    settings = {**job.settings, "base": fingerprint(loaded.model), "train": train.digest(), "test": test.digest()}
+    train = splits.train
+    _check(job.recipe, splits)
+    if job.recipe.grad_checkpointing:
+        _checkpoint_blocks(job.name, loaded)
+    settings = {**job.settings, "base": fingerprint(loaded.model)}
+    named = {"train": train, "validation": splits.validation, "test": splits.test}
+    settings |= {name: None if images is None else images.digest() for name, images in named.items()}
     settings |= asdict(job.recipe)
     if job.selection is None:
         anchor = None if job.choice.anchor is None else str(job.choice.anchor)
@@ -117,15 +135,18 @@ def tune_model(
     folder = RunFolder(job.folder)
     with folder.held() if processes.first else nullcontext():
         if processes.first:
-            folder.check_settings(settings)
+            folder.check_settings(settings, job.options)
+            if job.check and not folder.selection.is_file():
+                check_images(named.values(), job.workers)
         chosen = _chosen(job, folder, loaded, train, reading, processes)
         about = {"model": job.name, "image_size": str(loaded.config["input_size"][-1])}
         about["classes"] = json.dumps(train.classes, ensure_ascii=False)
+        about["frozen"] = fingerprint(loaded.model, without=chosen.dense)  # a new head is drawn, and no part of the base
         chosen = replace(chosen, description={**chosen.description, **about})
         beside = loaded.files is not None
         with (
             loaded.present(),
-            attach(loaded.model, chosen.to(loaded.device), beside=beside) as tuner,
+            attach(loaded.model, chosen.to(loaded.device), beside=beside, keep_bits=job.recipe.keep_bits) as tuner,
             progress_bar() as progress,
         ):
             task = progress.add_task("tune", total=1, status="")
@@ -134,7 +155,7 @@ def tune_model(
             def on_record(record: dict[str, Any]) -> None:
                 if record["type"] == "eval":
                     epoch = f"epoch {record['epoch']}/{job.recipe.epochs}"
-                    say(f"{epoch}: accuracy {record['accuracy']:.2%}, test loss {record['loss']:.4f}")
+                    say(f"{epoch}: accuracy {record['accuracy']:.2%}, {record['split']} loss {record['loss']:.4f}")
                 if board is not None:
                     _plot(board, record)
 
@@ -146,7 +167,7 @@ def tune_model(
             if processes.size > 1:
                 tuner.compare_across_processes(None)
             training = Training(
-                loaded, tuner, train, test, reading, job.recipe, job.habits, folder, processes, on_record, on_step
+                loaded, tuner, splits, reading, job.recipe, job.habits, folder, processes, on_record, on_step
             )
             progress.update(task, total=training.order.steps, completed=training.at.step)
             if training.resumed:
@@ -156,16 +177,19 @@ def tune_model(
             board = None if writer is None else writer(str(job.tensorboard), purge_step=purge)
             with StopSignal() as stop:
                 training.run(stop)
+            with training.result():
+                found = _measured(training, splits)
+                if processes.first:
+                    with warnings_in_lines():
+                        save_delta(tuner, job.output, torch.bfloat16 if job.bf16_values else None, job.buffers)
+                    told = tuner.buffers.changed(loaded.model)
             if not processes.first:
                 return None
-            with warnings_in_lines():
-                save_delta(tuner, job.output, torch.bfloat16 if job.bf16_values else None, job.buffers)
-            told = tuner.buffers.changed(loaded.model)
         if board is not None:
             board.close()
         if lost := [name for name in training.changed_buffers() if name not in told]:
             warn(f"the model changed {first_of(lost)} while it was tuned: no checkpoint and no delta holds such buffers")
-        return _outcome(job, training)
+        return _outcome(job, training, found)
 
 
 def _chosen(
@@ -207,16 +231,54 @@ def _plot(board: Any, record: dict[str, Any]) -> None:
         board.flush()
 
 
-def _outcome(job: Job, training: Training) -> Tuned:
+def _measured(training: Training, splits: Splits) -> Evaluation:
+    """The tuned model on the test images, or on the validation images where there are no others; once in a run."""
+    folder, images = training.folder, splits.test or splits.validation
+    assert images is not None
+    if training.processes.as_first(folder.evaluation.is_file()):
+        return Evaluation.load(folder.evaluation)
+    last = training.last_evaluation
+    known = last is not None and images is splits.watched and training.recipe.keep == "last"
+    found = last if known and last is not None else training.evaluate(images)
+    training.processes.barrier()  # all have asked whether it is there
+    if training.processes.first:
+        found.save(folder.evaluation)
+    return found
+
+
+def _check(recipe: Recipe, splits: Splits) -> None:
+    """Nothing is chosen by test images."""
+    if splits.validation is None:
+        for wanted, option in ((recipe.keep == "best", "--keep best"), (recipe.patience is not None, "--patience")):
+            if wanted:
+                raise ValueError(
+                    f"{option} needs validation images, since test images choose nothing: a folder val beside train and "
+                    "test, or --val-share 0.2"
+                )
+
+
+def _checkpoint_blocks(name: str, loaded: Loaded) -> None:
+    switch = getattr(loaded.model, "set_grad_checkpointing", None)
+    try:
+        if switch is None:
+            raise ValueError("it has no set_grad_checkpointing")
+        switch(True)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"--grad-checkpointing: {name} cannot compute its blocks again: {error}") from error
+
+
+def _outcome(job: Job, training: Training, found: Evaluation) -> Tuned:
     records = read_metrics(training.folder.metrics)
-    last = next(r for r in reversed(records) if r["type"] == "eval")
     return Tuned(
         bytes=job.output.stat().st_size,
-        steps=training.order.steps,
+        steps=training.at.step,
         trained=sum(p.numel() for p in training.tuner.parameters()),
-        accuracy=last["accuracy"],
-        test_loss=last["loss"],
-        test_images=last["images"],
+        split="test" if training.splits.test is not None else "validation",
+        images=found.images,
+        accuracy=found.accuracy,
+        top5=found.top5,
+        loss=found.loss,
+        best_epoch=training.at.best_epoch if job.recipe.keep == "best" else None,
         step_seconds=statistics.median([r["step_seconds"] for r in records if r["type"] == "train"]),
         peak_memory=max((r["peak_memory"] for r in records if "peak_memory" in r), default=None),
     )

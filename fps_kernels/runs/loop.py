@@ -4,62 +4,31 @@ import math
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fps_kernels.memory import measure
+from fps_kernels.runs.averaging import Average, show, values_of
+from fps_kernels.runs.evaluation import Evaluation, evaluate
 from fps_kernels.runs.folder import RunFolder
-from fps_kernels.runs.images import ImageSet, Order, Reading, as_seen_by, in_order, mixed
+from fps_kernels.runs.images import ImageSet, Order, Reading, mixed
+from fps_kernels.runs.loss import Loss
 from fps_kernels.runs.models import Loaded
 from fps_kernels.runs.processes import Processes
 from fps_kernels.runs.random_state import random_state, restore_random_state, seed_everything
-from fps_kernels.runs.state import restore, save
+from fps_kernels.runs.recipe import Habits, Recipe
+from fps_kernels.runs.splits import Splits
+from fps_kernels.runs.state import restore, restore_best, save, save_best
 from fps_kernels.runs.stopping import InterruptedRunError, StopSignal
+from fps_kernels.runs.views import as_seen_by
 from fps_kernels.tuning.masked_adamw import MaskedAdamW
 from fps_kernels.tuning.tuner import Tuner
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: what the tuned weights depend on beside the model, the data and the selection."""
-
-    epochs: int
-    batch_size: int
-    accumulate: int
-    lr: float
-    lr_dense: float
-    weight_decay: float
-    warmup: float
-    label_smoothing: float
-    clip_grad: float | None
-    autocast: bool
-    augment: str
-    crop_scale: float
-    seed: int
-
-    def rate(self, step: int, steps: int) -> float:
-        """Share of the peak learning rate: rises in equal steps over the warm-up, falls to 0 as a cosine after it."""
-        rising = round(self.warmup * steps)
-        if step < rising:
-            return (step + 1) / rising
-        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-
-@dataclass(frozen=True)
-class Habits:
-    """What may differ between the parts of one run: how often it is saved, looked at and told of."""
-
-    save_minutes: float
-    save_steps: int | None
-    log_steps: int
-    eval_epochs: int
 
 
 @dataclass
@@ -69,12 +38,18 @@ class Progress:
     Attributes:
         step: steps done.
         evaluated: epochs after which it was evaluated.
+        best: accuracy on the validation images of the best evaluation so far, -1 before the first one.
+        best_epoch: its epoch.
+        waited: evaluations since then.
         loss: sum over the images since the last record, float64 ``[]``.
         images: their number.
     """
 
     step: int = 0
     evaluated: int = 0
+    best: float = -1.0
+    best_epoch: int = 0
+    waited: int = 0
     loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     images: int = 0
 
@@ -85,8 +60,7 @@ class Training:
     Args:
         loaded: the model, attached.
         tuner: of the model.
-        train: images to tune on.
-        test: images to measure on.
+        splits: images to tune on, to choose by and to measure on.
         reading: how to read them.
         recipe: how to train.
         habits: how often to save, log and evaluate.
@@ -98,6 +72,7 @@ class Training:
     Attributes:
         at: where the run is.
         last_loss: of the last record.
+        last_evaluation: of this process, ``None`` before the first one.
         resumed: whether it went on from a saved state.
     """
 
@@ -105,8 +80,7 @@ class Training:
         self,
         loaded: Loaded,
         tuner: Tuner,
-        train: ImageSet,
-        test: ImageSet,
+        splits: Splits,
         reading: Reading,
         recipe: Recipe,
         habits: Habits,
@@ -115,17 +89,20 @@ class Training:
         on_record: Callable[[dict[str, Any]], None],
         on_step: Callable[[int, float | None], None],
     ) -> None:
-        self.loaded, self.tuner, self.test, self.reading = loaded, tuner, test, reading
+        self.loaded, self.tuner, self.splits, self.reading = loaded, tuner, splits, reading
         self.recipe, self.habits, self.folder, self.processes = recipe, habits, folder, processes
-        self.train_images = train
         self.on_record, self.on_step = on_record, on_step
-        self.order = Order(len(train), recipe.batch_size, recipe.accumulate, recipe.epochs, recipe.seed)
+        self.order = Order(len(splits.train), recipe.batch_size, recipe.accumulate, recipe.epochs, recipe.seed)
         groups = tuner.param_groups(lambda name, _: {"lr": recipe.lr_dense if name in tuner.dense else recipe.lr})
         self.optimizer = MaskedAdamW(groups, weight_decay=recipe.weight_decay)
         self._buffers = {name: b.detach().clone() for name, b in loaded.model.named_buffers()}
         self.last_loss: float | None = None
+        self.last_evaluation: Evaluation | None = None
         self._seconds, self._steps, self._images = 0.0, 0, 0  # since the last record, in this process
         seed_everything(recipe.seed if processes.first else mixed(recipe.seed, processes.rank))
+        self.average = Average(tuner, recipe.ema) if recipe.ema else None
+        self.loss = Loss.of(recipe, len(splits.train.classes), loaded.device)
+        self.scaler = torch.amp.GradScaler(loaded.device.type, enabled=recipe.autocast == "fp16")
         self.at = Progress(loss=torch.zeros((), dtype=torch.float64, device=loaded.device))
         self.resumed = restore(self)
         processes.barrier()  # nobody writes what others still read
@@ -146,7 +123,7 @@ class Training:
         saved_step = at.step if self.resumed else -1
         with closing(self._batches(at.step)) as batches:  # the processes that read images end with it
             while True:
-                due = at.step == steps or time.monotonic() - saved >= 60 * self.habits.save_minutes
+                due = self.ended or time.monotonic() - saved >= 60 * self.habits.save_minutes
                 due = due or bool(self.habits.save_steps and at.step and at.step % self.habits.save_steps == 0)
                 stopping, due = self.processes.any_of(stop.given, due)
                 if not stopping and self._evaluation_is_due():
@@ -155,7 +132,7 @@ class Training:
                 if (due or stopping) and at.step != saved_step:
                     self.save()
                     saved, saved_step = time.monotonic(), at.step
-                if at.step == steps and not self._evaluation_is_due():
+                if self.ended and not self._evaluation_is_due():
                     return
                 if stopping:
                     where = f"at step {at.step:,} of {steps:,}, saved in {self.folder.path}"
@@ -164,6 +141,8 @@ class Training:
                 start = time.perf_counter()
                 self._step(batches)
                 scheduler.step()
+                if self.average is not None:
+                    self.average.update(at.step)
                 at.step += 1
                 self._steps += 1
                 if at.step % self.habits.log_steps == 0 or at.step % self.order.steps_per_epoch == 0:
@@ -172,10 +151,16 @@ class Training:
                     self._seconds += time.perf_counter() - start
                 self.on_step(at.step, self.last_loss)
 
+    @property
+    def ended(self) -> bool:
+        """Whether all steps are done, or so many evaluations were no better that no further step is."""
+        patience = self.recipe.patience
+        return self.at.step == self.order.steps or (patience is not None and self.at.waited >= patience)
+
     def _batches(self, step: int) -> Generator[tuple[Tensor, Tensor], None, None]:
-        transform = as_seen_by(self.loaded.config, self.recipe.augment, self.recipe.crop_scale)
+        transform = as_seen_by(self.loaded.config, self.recipe.augmentation)
         return self.reading.batches(
-            self.train_images,
+            self.splits.train,
             transform,
             lambda: self.processes.parts(self.order.batches_from(step)),
             self.recipe.seed,
@@ -185,19 +170,21 @@ class Training:
         sizes = self.order.sizes(self.at.step)
         self.loaded.model.train()
         _freeze_running_statistics(self.loaded.model)
-        for size in sizes:
+        for place, size in enumerate(sizes):
             inputs, target = next(batches)
-            loss = self._loss(inputs, target)
+            loss = self._loss(*self.loss.mix(inputs, target, self.at.step, place))
             if not (own := self.processes.share(size)):
                 loss = 0 * loss
-            (loss / sum(sizes)).backward()
+            self.scaler.scale(loss / sum(sizes)).backward()
             self.at.loss += loss.detach().double()
             self.at.images += own
             self._images += size
         self.processes.add_up(self.tuner.parameters())
         if self.recipe.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.tuner.parameters(), self.recipe.clip_grad)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
 
     def _loss(self, inputs: Tensor, target: Tensor) -> Tensor:
@@ -206,10 +193,11 @@ class Training:
         inputs, target = inputs.to(device, dtype, non_blocking=True), target.to(device, non_blocking=True)
         with self._precision():
             logits = self.loaded.model(inputs)
-        return F.cross_entropy(logits.float(), target, reduction="sum", label_smoothing=self.recipe.label_smoothing)
+        return self.loss(logits, target)
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(self.loaded.device.type, torch.bfloat16, enabled=self.recipe.autocast)
+        dtype = torch.float16 if self.recipe.autocast == "fp16" else torch.bfloat16
+        return torch.autocast(self.loaded.device.type, dtype, enabled=self.recipe.autocast is not None)
 
     # ------------------------------------------------------------------------------------------------ metrics
 
@@ -251,37 +239,55 @@ class Training:
         epoch, rest = divmod(self.at.step, self.order.steps_per_epoch)
         if rest or epoch == 0 or self.at.evaluated >= epoch:
             return False
+        if self.recipe.keep == "best" or self.recipe.patience is not None:
+            return True
         return epoch == self.recipe.epochs or bool(self.habits.eval_epochs and epoch % self.habits.eval_epochs == 0)
 
     def _evaluate(self) -> None:
         start = time.perf_counter()
-        loss, accuracy = self.evaluate()
-        epoch = self.at.step // self.order.steps_per_epoch
-        found = {"type": "eval", "step": self.at.step, "epoch": epoch, "loss": loss, "accuracy": accuracy}
-        self._note({**found, "images": len(self.test), "seconds": time.perf_counter() - start})
+        with self.measured():
+            found = self.evaluate(self.splits.watched)
+            epoch = self.at.step // self.order.steps_per_epoch
+            if self.splits.validation is not None:
+                self._compare(found.accuracy, epoch)
+        record = {"type": "eval", "step": self.at.step, "epoch": epoch, "loss": found.loss, "accuracy": found.accuracy}
+        record |= {} if found.top5 is None else {"top5": found.top5}
+        record["split"] = "test" if self.splits.validation is None else "validation"
+        self._note({**record, "images": found.images, "seconds": time.perf_counter() - start})
         self.at.evaluated = epoch
+        self.last_evaluation = found
 
-    @torch.no_grad()
-    def evaluate(self) -> tuple[float, float]:
-        """Mean cross-entropy and the share of test images that are classified correctly."""
-        self.loaded.model.eval()
-        loss = torch.zeros((), dtype=torch.float64, device=self.loaded.device)
-        right = torch.zeros((), dtype=torch.int64, device=self.loaded.device)
-        places = in_order(len(self.test), self.recipe.batch_size)
-        own = [self.processes.share(len(batch)) for batch in places()]
-        parts = self.reading.batches(
-            self.test, as_seen_by(self.loaded.config), lambda: self.processes.parts(places()), self.recipe.seed
-        )
-        for count, (inputs, target) in zip(own, parts, strict=True):
-            if not count:
-                continue
-            inputs, target = inputs.to(self.loaded.device, self.loaded.dtype), target.to(self.loaded.device)
-            with self._precision():
-                logits = self.loaded.model(inputs).float()
-            loss += F.cross_entropy(logits, target, reduction="sum").double()
-            right += (logits.argmax(1) == target).sum()
-        summed, correct = self.processes.total(torch.stack([loss, right.double()])).tolist()
-        return summed / len(self.test), correct / len(self.test)
+    def _compare(self, accuracy: float, epoch: int) -> None:
+        """Keep what is measured, if it is better than all before."""
+        if accuracy <= self.at.best:
+            self.at.waited += 1
+            return
+        self.at.best, self.at.best_epoch, self.at.waited = accuracy, epoch, 0
+        if self.recipe.keep == "best" and self.processes.first:
+            save_best(self)
+
+    def measured(self) -> AbstractContextManager[None]:
+        """A context in which the model is what is measured and written: the average, where there is one."""
+        return nullcontext() if self.average is None else self.average.shown()
+
+    def evaluate(self, images: ImageSet) -> Evaluation:
+        """The model as it is, on some images."""
+        return evaluate(self.loaded, images, self.reading, self.recipe.batch_size, self.processes, self._precision())
+
+    @contextmanager
+    def result(self) -> Generator[None, None, None]:
+        """Inside, the model is what the run came to: the best epoch, if that is to be kept, or the last one."""
+        if self.recipe.keep == "best":
+            before = values_of(self.tuner)
+            self.processes.barrier()  # the first one may be writing it
+            restore_best(self)
+            try:
+                yield
+            finally:
+                show(self.tuner, before)
+        else:
+            with self.measured():
+                yield
 
     def _note_memory(self) -> None:
         """On the CPU: peak of the live tensors in a step on the first images, measured once, apart from the run."""
@@ -299,9 +305,9 @@ class Training:
             torch.cuda.reset_peak_memory_stats(self.loaded.device)
         elif self.at.step < self.order.steps:
             transform = as_seen_by(self.loaded.config)
-            first = [[(0, i) for i in range(min(self.recipe.batch_size, len(self.train_images)))]]
+            first = [[(0, i) for i in range(min(self.recipe.batch_size, len(self.splits.train)))]]
             places = partial(self.processes.parts, first)
-            with closing(self.reading.batches(self.train_images, transform, places, 0)) as batches:
+            with closing(self.reading.batches(self.splits.train, transform, places, 0)) as batches:
                 inputs, target = next(batches)
 
             def step() -> None:

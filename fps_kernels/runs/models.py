@@ -11,10 +11,10 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from fps_kernels.runs.checkpoints import is_torchs, read_checkpoint
 from fps_kernels.runs.progress import warn
 from fps_kernels.tuning.beside import linear_shape
 from fps_kernels.weights.roles import classifier_modules
@@ -117,6 +117,8 @@ def _streaming(
     """A model without memory but for its heads, which are new."""
     if checkpoint is None:
         raise ValueError("--stream needs --checkpoint: the safetensors files in which weights stay")
+    if is_torchs(checkpoint):
+        raise ValueError(f"--stream reads weights from safetensors files, not from {checkpoint}")
     try:
         from accelerate import init_empty_weights
     except ImportError as error:
@@ -162,15 +164,15 @@ def timm_model(
 
     Args:
         name: of the architecture.
-        checkpoint: a safetensors file with timm's keys; position embeddings are resized. ``None``: random weights.
+        checkpoint: a file as :func:`read_checkpoint` takes; position embeddings are resized. ``None``: random weights.
         classes: outputs of the head.
         image_size: side of the images, ``None`` for the model's own.
         pretrained: without a checkpoint, timm's own weights, from its cache or downloaded.
         drop_path: rate of stochastic depth.
 
     Raises:
-        ValueError: an unknown architecture or one that lacks an option; a file that is no safetensors file or lacks weights
-            of the model; weights that cannot be had.
+        ValueError: an unknown architecture or one that lacks an option; a file that is no checkpoint or lacks weights of the
+            model; weights that cannot be had.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), 1)
@@ -182,19 +184,14 @@ def timm_model(
     if image_size is not None:
         options["img_size"] = image_size
     if checkpoint is not None:
-        if checkpoint.suffix != ".safetensors":
-            raise ValueError(f"{checkpoint} must be a .safetensors file: pickled checkpoints are not read")
-        if not checkpoint.is_file():
-            raise ValueError(f"there is no file {checkpoint}")
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(checkpoint), "source": "file"}}
+        tensors = read_checkpoint(checkpoint, _names(name))
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": tensors}}
     elif pretrained:
         options["pretrained"] = True
     source = "timm's weights" if checkpoint is None else str(checkpoint)
     with _missing_weights() as missing:
         try:
             model = _created(name, options)
-        except SafetensorError as error:
-            raise ValueError(f"{source}: no safetensors file, or damaged: {error}") from error
         except (RuntimeError, KeyError, OSError) as error:  # strict loading, shapes, the hub
             if "pretrained" not in options:
                 raise
@@ -205,6 +202,12 @@ def timm_model(
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise ValueError(f"{source} cannot be loaded into {name}: it lacks {lacking[0]}{more}")
     return model.to(torch.float32)
+
+
+def _names(name: str) -> frozenset[str]:
+    """Of the weights of an architecture."""
+    with torch.device("meta"):
+        return frozenset(timm.create_model(name).state_dict())
 
 
 def _created(name: str, options: dict[str, Any]) -> nn.Module:

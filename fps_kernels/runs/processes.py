@@ -15,11 +15,6 @@ from fps_kernels.weights.exchange import all_gathered
 T = TypeVar("T")
 
 
-def speaks() -> bool:
-    """Whether this process tells the user anything: of several the first."""
-    return int(os.environ.get("WORLD_SIZE", "1")) < 2 or os.environ.get("RANK", "0") == "0"
-
-
 @dataclass(frozen=True)
 class Processes:
     """What this process has to know of the others.

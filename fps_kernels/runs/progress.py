@@ -1,5 +1,6 @@
 """What a long command tells on standard error: notes, warnings, a bar."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -8,7 +9,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from fps_kernels.runs.processes import speaks
+
+def speaks() -> bool:
+    """Whether this process tells the user anything: of several the first."""
+    return int(os.environ.get("WORLD_SIZE", "1")) < 2 or os.environ.get("RANK", "0") == "0"
 
 
 def note(text: str) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fps_kernels.runs.averaging import show, values_of
 from fps_kernels.runs.images import mixed
 from fps_kernels.runs.random_state import packed, random_state, restore_random_state, seed_everything, unpacked
 
@@ -25,12 +26,18 @@ def save(run: "Training") -> None:
     tensors |= {f"buffer:{name}": buffers[name].detach() for name in run.changed_buffers()}
     for index, state in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer:{index}:{key}": value for key, value in state.items()}
+    if run.average is not None:
+        tensors |= {f"average:{name}": t for name, t in run.average.held.items()}
     tensors |= {f"random:{name}": t for name, t in states.items()} | {"loss": run.at.loss}
     for rank in range(1, run.processes.size):
         tensors |= {f"process:{rank}:random": others[rank], f"process:{rank}:loss": losses[rank]}
     content = {
         "step": run.at.step,
         "evaluated": run.at.evaluated,
+        "best": run.at.best,
+        "best_epoch": run.at.best_epoch,
+        "waited": run.at.waited,
+        "scaler": run.scaler.state_dict(),
         "images": run.at.images,
         "last_loss": run.last_loss,
         "random": generators,
@@ -67,13 +74,44 @@ def restore(run: "Training") -> bool:
         run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
         for group in run.optimizer.param_groups:
             group["initial_lr"] = group["lr"]  # what a schedule that does not start at step 0 goes by
-        run.at.step, run.at.evaluated, run.at.images = (content[key] for key in ("step", "evaluated", "images"))
+        for key in ("step", "evaluated", "images", "best", "best_epoch", "waited"):
+            setattr(run.at, key, content[key])
+        run.scaler.load_state_dict(content["scaler"])
+        if run.average is not None:
+            for name, t in run.average.held.items():
+                t.copy_(parts["average"][name])
         run.at.loss.copy_(tensors["loss"])
         run.last_loss = content["last_loss"]
         _restore_own(run, content, parts)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"the state in {run.folder.path} is damaged: {error!r}") from error
     return True
+
+
+def save_best(run: "Training") -> None:
+    """Keep what the model has now, as the best so far."""
+    tensors = {f"value:{name}": t for name, t in values_of(run.tuner).items()}
+    buffers = dict(run.loaded.model.named_buffers())
+    tensors |= {f"buffer:{name}": buffers[name].detach() for name in run.changed_buffers()}
+    content = {"epoch": run.at.best_epoch, "accuracy": run.at.best}
+    run.folder.save_best(content, {name: t.to("cpu", copy=True) for name, t in tensors.items()})
+
+
+@torch.no_grad()
+def restore_best(run: "Training") -> None:
+    """Let the model have the best values.
+
+    Raises:
+        ValueError: they are damaged, or of another selection.
+    """
+    tensors = run.folder.load_best()[1]
+    try:
+        show(run.tuner, {name: tensors[f"value:{name}"] for name, _ in run.tuner.named_parameters()})
+        for name, b in run.loaded.model.named_buffers():
+            if f"buffer:{name}" in tensors:
+                b.copy_(tensors[f"buffer:{name}"])
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"the best values in {run.folder.path} are damaged: {error!r}") from error
 
 
 def _restore_own(run: "Training", content: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> None:

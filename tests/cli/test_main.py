@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import fps_kernels as fps
-from fps_kernels.cli import doctor as doctor_module
+from fps_kernels import ops
 from tests.cli.running import cli, output
 
-COMMANDS = ("select", "tune", "apply", "inspect", "compare", "plan", "demo", "doctor")
+COMMANDS = ("select", "tune", "evaluate", "predict", "export", "apply", "inspect", "compare", "plan", "demo", "doctor")
 
 
 def test_help_imports_no_network_library():
@@ -44,7 +44,7 @@ def test_a_missing_package_names_what_brings_it(tmp_path):
         (
             "yaml",
             ["doctor", "--config", tmp_path / "options.yaml"],
-            "--config needs PyYAML: pip install pyyaml",
+            "--config needs yaml: pip install pyyaml",
         ),
         ("timm", ["plan", "test_vit"], "timm"),
     ):
@@ -53,11 +53,11 @@ def test_a_missing_package_names_what_brings_it(tmp_path):
         assert done.code == 2
         assert message in done.message, done.message
     with mock.patch.dict(sys.modules, {"timm.data": None}):
-        sys.modules.pop("fps_kernels.runs.images", None)  # which imports it
+        sys.modules.pop("fps_kernels.runs.splits", None)  # which imports it
         sys.modules.pop("fps_kernels.runs.choice", None)
         done = cli("select", "test_vit", "--data", tmp_path, "--output", tmp_path / "s")
     assert done.code == 2
-    assert "the command needs timm.data: pip install timm" in done.message
+    assert "the command needs timm: pip install timm" in done.message
 
 
 def test_the_version():
@@ -85,7 +85,7 @@ def test_a_mistake_of_ours_shows_where(monkeypatch):
     def broken(*_: object) -> None:
         raise LookupError("a bug")
 
-    monkeypatch.setattr(doctor_module.ops, "backend_for", broken)
+    monkeypatch.setattr(ops, "backend_for", broken)
     with pytest.raises(LookupError, match="a bug"):
         cli("doctor")
 
@@ -94,7 +94,7 @@ def test_an_interruption(monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(doctor_module.ops, "backend_for", interrupted)
+    monkeypatch.setattr(ops, "backend_for", interrupted)
     done = cli("doctor")
     assert done.code == 130
     assert "Traceback" not in done.err
@@ -106,7 +106,7 @@ def test_doctor(monkeypatch):
     assert set(found["backends"]["cpu"].values()) == {fps.backend_for("score_topk", "cpu")}
     assert "self-test: cpu passed" in output("doctor")
     assert "conflict" not in found
-    monkeypatch.setattr(doctor_module.ops, "score_topk", lambda W, a, k: torch.zeros(W.shape[0], k, dtype=torch.int32))
+    monkeypatch.setattr(ops, "score_topk", lambda W, a, k: torch.zeros(W.shape[0], k, dtype=torch.int32))
     failed = cli("doctor")
     assert failed.code == 1
     assert "cpu FAILED" in failed.out
@@ -167,3 +167,15 @@ def test_a_file_that_is_missing(tmp_path):
     done = cli("doctor", "--config", tmp_path / "none.yaml")
     assert done.code == 2
     assert "does not exist" in done.message
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["tune", "--help"], ["plan", "--help"], ["nonsense"]])
+def test_help_needs_no_torch(arguments):
+    """Which takes seconds to import."""
+    program = (
+        "import sys; sys.argv = ['fps-kernels', *sys.argv[1:]]; from fps_kernels.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "False"

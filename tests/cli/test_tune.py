@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torchvision.datasets import ImageFolder
 
 import fps_kernels as fps
-from fps_kernels.runs.images import Order, open_split
+from fps_kernels.runs.images import Order
 from fps_kernels.runs.models import timm_model
+from fps_kernels.runs.splits import Source, open_split
 from tests.cli.conftest import write_images
 from tests.cli.running import cli, output
 
@@ -46,7 +47,7 @@ def test_the_delta_on_the_checkpoint_is_the_tuned_model(small, task, checkpoint,
     target = torch.tensor([label for _, label in images])
     assert float((logits.argmax(1) == target).float().mean()) == found["accuracy"]
     loss = float(torch.nn.functional.cross_entropy(logits, target))
-    assert loss == pytest.approx(found["test_loss"], rel=1e-4 if dtype == "fp32" else 0.3)
+    assert loss == pytest.approx(found["loss"], rel=1e-4 if dtype == "fp32" else 0.3)
     assert json.loads(selection.description["classes"]) == ["dark", "light"]
 
 
@@ -143,7 +144,13 @@ def test_options_that_change_the_weights(small, tmp_path):
     deltas, selection = {}, tmp_path / "s.safetensors"
     output("select", *small, "--include", "blocks.0.*", "--output", selection)
     ways = [[], ["--lr-dense", 0.1], ["--weight-decay", 5], ["--warmup", 0.9], ["--label-smoothing", 0.5]]
-    ways += [["--clip-grad", 0.01], ["--autocast"], ["--accumulate", 2], ["--augment", "none"], ["--augment", "crop"]]
+    ways += [
+        ["--clip-grad", 0.01],
+        ["--autocast", "bf16"],
+        ["--accumulate", 2],
+        ["--augment", "none"],
+        ["--augment", "crop"],
+    ]
     for i, more in enumerate([*ways, ["--drop-path", 0.5]]):
         path = tmp_path / f"{i}.safetensors"
         output("tune", *small, "--lr", 0.01, "--epochs", 1, "--selection", selection, *more, "--output", path)
@@ -166,7 +173,7 @@ def test_a_named_data_set(checkpoint, tmp_path):
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels)
     arguments = ["--checkpoint", checkpoint, "--data", "torch/mnist", "--data-root", tmp_path, "--image-size", 32]
     found = json.loads(output("tune", "test_vit", *arguments, *FAST, "--workers", 0, "--output", tmp_path / "t", "--json"))
-    assert (found["accuracy"], found["test_images"]) == (1.0, 6)
+    assert (found["accuracy"], found["images"]) == (1.0, 6)
     assert fps.load_delta(tmp_path / "t").dense["head.weight"].shape == (10, 64)
 
 
@@ -194,7 +201,7 @@ def test_images_that_cannot_be_read_are_named(small, task, tmp_path, workers):
 def test_classes_must_agree(small, task, tmp_path):
     data = copied(task, tmp_path / "data")
     write_images(data / "train" / "grey", 2, 120, torch.Generator().manual_seed(0))
-    train, test = (open_split(str(data), split) for split in ("train", "test"))
+    train, test = (open_split(Source(str(data)), split) for split in ("train", "test"))
     assert (train.classes, test.classes) == (("dark", "grey", "light"), ("dark", "light"))
     found = json.loads(output("tune", *small, *FAST, "--data", data, "--output", tmp_path / "t.safetensors", "--json"))
     assert found["accuracy"] > 0.5  # light is class 2 in both

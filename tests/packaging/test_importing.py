@@ -30,6 +30,19 @@ def test_every_public_name_exists_and_is_documented():
         assert getattr(fps, name).__doc__, name
 
 
+def test_names_are_found_when_they_are_asked_for():
+    program = (
+        "import sys, fps_kernels as fps\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert set(fps.__all__) <= set(dir(fps))\n"
+        "assert fps.memory.format_bytes(2**20) == '1.0 MiB'\n"
+        "from fps_kernels import select, gps, ops\n"
+        "assert fps.select is select and gps.random_views and fps.ops is ops\n"
+        "assert not hasattr(fps, 'nothing')"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_no_message_and_no_page_tells_to_install_extras_which_no_index_has():
     told = {
         match

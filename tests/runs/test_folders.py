@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from fps_kernels.runs.folders import FolderOfClasses, UnreadableImageError, read_image
-from fps_kernels.runs.images import training_and_test_images, training_images
+from fps_kernels.runs.folders import ImageFiles, UnreadableImageError, read_image
+from fps_kernels.runs.splits import Source, splits_of, training_images
 
 
 def picture(path: Path, size: tuple[int, int] = (6, 4)) -> Path:
@@ -19,7 +19,7 @@ def picture(path: Path, size: tuple[int, int] = (6, 4)) -> Path:
 def test_classes_are_the_direct_children_whatever_lies_deeper(tmp_path, capsys):
     for name in ("cat/2020/a.png", "cat/2021/b.JPG", "cat/c.webp", "dog/2020/may/d.bmp", "dog/e.tif", "dog/f.jpeg"):
         picture(tmp_path / name)
-    found = FolderOfClasses.of(tmp_path)
+    found = ImageFiles.of(tmp_path)
     assert found.classes == ("cat", "dog")
     names = [str(path.relative_to(tmp_path)) for path in found.files]
     assert names == ["cat/c.webp", "cat/2020/a.png", "cat/2021/b.JPG", "dog/e.tif", "dog/f.jpeg", "dog/2020/may/d.bmp"]
@@ -34,27 +34,36 @@ def test_what_is_left_out_is_counted_in_one_line(tmp_path, capsys):
         picture(tmp_path / name)
     for name in ("cat/Thumbs.db", "cat/notes.txt", ".DS_Store", "labels.csv"):
         (tmp_path / name).write_text("x")
-    found = FolderOfClasses.of(tmp_path)
+    found = ImageFiles.of(tmp_path)
     assert (found.classes, [path.name for path in found.files]) == (("cat",), ["a.png"])
     said = capsys.readouterr().err
     assert said == f"{tmp_path}: left out 9 of what is there: 6 hidden, 2 beside the classes, 1 no image\n"
+
+
+def test_a_link_to_a_folder_above_is_not_followed_for_ever(tmp_path):
+    picture(tmp_path / "cat" / "a.png")
+    picture(tmp_path / "elsewhere" / "b.png")
+    (tmp_path / "cat" / "again").symlink_to(tmp_path / "cat")
+    (tmp_path / "cat" / "more").symlink_to(tmp_path / "elsewhere")
+    found = ImageFiles.unlabelled(tmp_path / "cat")
+    assert [str(path.relative_to(tmp_path)) for path in found.files] == ["cat/a.png", "cat/more/b.png"]
 
 
 def test_folders_that_are_refused(tmp_path):
     picture(tmp_path / "train" / "cat" / "a.png")
     (tmp_path / "train" / "dog" / "2020").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"the class dog has no image: .*/train/dog holds no file that ends with"):
-        FolderOfClasses.of(tmp_path / "train")
+        ImageFiles.of(tmp_path / "train")
     with pytest.raises(ValueError, match=r"/train/cat has no class: each class needs a folder of its own there"):
-        FolderOfClasses.of(tmp_path / "train" / "cat")
+        ImageFiles.of(tmp_path / "train" / "cat")
     with pytest.raises(ValueError, match=r"there is no image in .*/dog$"):
-        training_images(str(tmp_path / "train" / "dog"), None, None, False)
+        training_images(Source(str(tmp_path / "train" / "dog")))
 
 
 def test_a_choice_needs_no_classes(tmp_path):
     for name in ("a.png", "2020/b.png", ".c.png"):
         picture(tmp_path / name)
-    found = training_images(str(tmp_path), None, None, False)
+    found = training_images(Source(str(tmp_path)))
     assert (len(found), found.classes) == (2, (tmp_path.name,))
     assert found.read(1)[1] == 0
 
@@ -62,7 +71,8 @@ def test_a_choice_needs_no_classes(tmp_path):
 def test_test_images_of_some_of_the_classes_have_their_labels(tmp_path):
     for name in ("train/a", "train/b", "train/c", "test/c", "test/a"):
         picture(tmp_path / name / "x.png")
-    train, test = training_and_test_images(str(tmp_path), None, None, None, False)
+    splits = splits_of(Source(str(tmp_path)), None, 0)
+    train, test = splits.train, splits.test
     assert (train.classes, test.classes) == (("a", "b", "c"), ("a", "b", "c"))
     assert [test.read(i)[1] for i in range(2)] == [0, 2]
     assert train.digest() != test.digest()
@@ -112,4 +122,4 @@ def test_a_folder_lies_where_it_lies(tmp_path):
         with pytest.raises(
             ValueError, match=r"--data-root labels\.csv says where a named data set lies, and .* is a folder"
         ):
-            training_images(str(tmp_path), what, Path("labels.csv"), False)
+            training_images(Source(str(tmp_path), Path("labels.csv"), train=what))
