@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.render import accuracy, coverage, executed, plots, tables
+from benchmarks.render import accuracy, coverage, executed, literature, plots, tables
 from benchmarks.render.tables import Content, load
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +112,7 @@ def page() -> tuple[str, list[plots.Plot]]:
     if content := load("keeping"):
         add("What fewer bits do to gradients", KEEPING, tables.keeping(content))
     if lines := accuracy.accuracy_lines():
-        add("Accuracy", accuracy.accuracy_details(lines), plot=plots.accuracy(lines))
+        add("Accuracy", accuracy.accuracy_details(lines), literature.found_by_others(), plot=plots.accuracy(lines))
     if content := load("accuracy_analysis"):
         add("What choices are like", accuracy.analysis(content))
     if content := load("coverage"):
