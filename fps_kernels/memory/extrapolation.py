@@ -9,7 +9,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fps_kernels.memory.blocks import FEW, runs_of, shortened
-from fps_kernels.memory.rehearsal import Occasion, Parts, Rehearsal, rehearsal, with_lora
+from fps_kernels.memory.rehearsal import Occasion, Parts, Rehearsal, chosen, rehearsal, with_lora
+from fps_kernels.selection import Selection
 
 
 class Theatre:
@@ -25,6 +26,7 @@ class Theatre:
         # Constructors compute with real numbers (drop-path rates, ...), so that only parameters are left out at first.
         with unset_fake_temporarily(), torch.device("meta"):
             self.whole = create().to(occasion.dtype)
+        self._selections: dict[tuple[int, ...], Selection] = {}  # by the periods of the model that they are of
         self.runs = runs_of(self.whole)
         if self.runs and not self._runs_with_few():
             self.runs = []
@@ -42,7 +44,12 @@ class Theatre:
         if method.startswith("LoRA"):
             with unset_fake_temporarily(), torch.device("meta"):
                 model = with_lora(model)
-        return rehearsal(method, model.to_empty(device="cpu"), self.occasion)
+        model = model.to_empty(device="cpu")
+        selection = None
+        if method.startswith("attach"):
+            key = tuple(periods)
+            selection = self._selections[key] = self._selections.get(key) or chosen(model, self.occasion)
+        return rehearsal(method, model, self.occasion, selection)
 
     def of(self, method: str) -> "Steps":
         """Steps of a method with the whole model."""
@@ -91,20 +98,29 @@ def _remembered(step: Rehearsal) -> Rehearsal:
 def largest_batch(step: Steps, batch: int, memory: int) -> int:
     """The largest batch whose peak fits, 0 if none does.
 
-    Every phase of a step grows by the same amount with each sample. Two batches tell it of all phases, and a third one, the
-    answer, whether that is so. Where it is not, as with blocks whose number depends on the batch, a secant between a batch
-    that fits and one that does not closes in, until both sides are confirmed.
+    Every phase of a step grows by the same amount with each sample, so that two batches tell it of all: the one that was
+    asked about, and one that should be near the answer. Where the answer is not near it, a third batch tells whether that
+    is so. Where it is not, as with blocks whose number depends on the batch, a secant between a batch that fits and one
+    that does not closes in, until both sides are confirmed.
     """
-    other = 2 * batch
-    phases = _Phases(step(batch), step(other), batch, other)
+    here = step(batch)
+    other = _near(here, batch, memory)
+    phases = _Phases(here, step(other), batch, other)
     guess = phases.largest(memory)
     if guess == 0:
         return 0 if step(1).peak > memory else _closed_in(step, 1, 2, memory)
-    if guess in (batch, other) or _Phases(step.small(batch), step.small(other), batch, other).foretell(
-        guess, step.small(guess)
-    ):
+    if abs(guess - other) <= max(1, other // 16):
         return guess
-    return _closed_in(step, 0, guess, memory)
+    small = _Phases(step.small(batch), step.small(other), batch, other)
+    return guess if small.foretell(guess, step.small(guess)) else _closed_in(step, 0, guess, memory)
+
+
+def _near(parts: Parts, batch: int, memory: int) -> int:
+    """A batch near the largest one, by what each sample keeps in a step."""
+    each = max(1, parts.activations // batch)
+    rises = parts.phases[:-1] or parts.phases  # the last one is the optimizer's, which the batch makes no difference to
+    found = max(1, batch + (memory - max(rises)) // each)
+    return found if found != batch else batch + 1
 
 
 class _Phases:

@@ -16,6 +16,7 @@ from fps_kernels.choosing.gps import gps_select
 from fps_kernels.choosing.select import select
 from fps_kernels.keeping.kept import kept
 from fps_kernels.memory.measuring import LiveTensors
+from fps_kernels.selection import Selection
 from fps_kernels.tuning.attaching import attach
 from fps_kernels.tuning.masked_adamw import MaskedAdamW
 from fps_kernels.weights.roles import classifier_modules, default_dense
@@ -88,17 +89,24 @@ Rehearsal = Callable[[int], Parts]
 """From a batch size to what a step takes."""
 
 
-def rehearsal(method: str, model: nn.Module, occasion: Occasion) -> Rehearsal:
+def rehearsal(method: str, model: nn.Module, occasion: Occasion, selection: Selection | None = None) -> Rehearsal:
     """Make a model, inside of :func:`~fps_kernels.memory.simulated`, ready for a method. It is the method's from then on.
 
     Args:
         method: one of :data:`~fps_kernels.memory.planning.METHODS`.
         model: without memory.
         occasion: what else counts.
+        selection: of what :func:`chosen` gives; for ``attach`` alone.
     """
     if method in ("forward", "FPS", "GPS"):
         return partial(_choosing, method, model, occasion)
-    return _Training(method, model, occasion)
+    return _Training(method, model, occasion, selection)
+
+
+def chosen(model: nn.Module, occasion: Occasion) -> Selection:
+    """Entries that have no values here, so that a choice from the shapes alone is as good as any."""
+    sample, _ = occasion.batch(1)
+    return select(model, [sample], budget=PerNeuron(occasion.k), forward=occasion.forward, progress=False)
 
 
 def _choosing(method: str, model: nn.Module, o: Occasion, count: int) -> Parts:
@@ -120,15 +128,14 @@ def _choosing(method: str, model: nn.Module, o: Occasion, count: int) -> Parts:
 class _Training:
     """Steps of one method on one model; its optimizer has no state before the first one."""
 
-    def __init__(self, method: str, model: nn.Module, o: Occasion) -> None:
+    def __init__(self, method: str, model: nn.Module, o: Occasion, selection: Selection | None) -> None:
         self.model, self.occasion = model.train(), o
         self._stepping: int | None = None  # peak of the optimizer's step, which the batch makes no difference to
         self.optimizer: torch.optim.Optimizer
         in_8_bits = method.endswith(EIGHT_BITS)
         self.keeping: AbstractContextManager[None] = kept() if in_8_bits else nullcontext()
         if method.startswith("attach"):
-            # Entries have no values here, so that a choice from the shapes alone is as good as any.
-            selection = select(model, [o.batch(1)[0]], budget=PerNeuron(o.k), forward=o.forward, progress=False)
+            selection = chosen(model, o) if selection is None else selection
             tuner, self.keeping = attach(model, selection, keep_bits=8 if in_8_bits else None), nullcontext()
             self.optimizer = MaskedAdamW(tuner)
         else:

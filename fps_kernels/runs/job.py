@@ -141,7 +141,8 @@ def tune_model(job: Job, loaded: Loaded, splits: Splits, processes: Processes | 
         chosen = _chosen(job, folder, loaded, train, reading, processes)
         about = {"model": job.name, "image_size": str(loaded.config["input_size"][-1])}
         about["classes"] = json.dumps(train.classes, ensure_ascii=False)
-        about["frozen"] = fingerprint(loaded.model, without=chosen.dense)  # a new head is drawn, and no part of the base
+        if loaded.files is None:  # weights that stay in their files are not here to be looked at
+            about["frozen"] = fingerprint(loaded.model, without=chosen.dense)  # a new head is drawn: no part of the base
         chosen = replace(chosen, description={**chosen.description, **about})
         beside = loaded.files is not None
         with (

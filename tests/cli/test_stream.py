@@ -58,3 +58,13 @@ def test_what_it_needs(task, tmp_path):
 def test_a_plan_says_when():
     said = output("plan", "test_vit", "--gpu-memory", "64KiB", "--method", "forward")
     assert "with --stream, select and tune leave them in their files" in said
+
+
+def test_evaluate_what_was_streamed(streaming, checkpoint, task, tmp_path):
+    """Its values are added to those of the checkpoint."""
+    arguments = ["--k", 2, "--epochs", 2, "--lr", 0.01, "--output", tmp_path / "task.safetensors", "--json"]
+    found = json.loads(output("tune", *streaming, *arguments))
+    command = ["evaluate", tmp_path / "task.safetensors", "--checkpoint", checkpoint, "--data", task, "--workers", 0]
+    evaluated = json.loads(output(*command, "--json"))
+    assert evaluated["accuracy"] == found["accuracy"]
+    assert evaluated["loss"] == pytest.approx(found["loss"], rel=1e-4)

@@ -124,3 +124,62 @@ def test_own_models_and_forwards():
 def test_bad_input(arguments, match):
     with pytest.raises(ValueError, match=match):
         fps.memory.plan(**({"model": NAME, "batch_size": 1} | arguments))
+
+
+def test_few_blocks_tell_of_all():
+    """Of a model with a run of equal blocks the plan is that of taking steps with all of them."""
+    from fps_kernels.memory.extrapolation import Theatre, largest_batch
+    from fps_kernels.memory.measuring import simulated
+    from fps_kernels.memory.rehearsal import Occasion
+
+    for name, size, methods in (
+        ("test_vit", 160, ("forward", "GPS", "full", "attach-8bit")),
+        ("convnext_atto", 64, ("attach",)),
+    ):
+        occasion = Occasion((3, size, size), torch.float32, 4, None)
+        with simulated():
+            few = Theatre(lambda name=name: timm.create_model(name), occasion)
+            whole = Theatre(lambda name=name: timm.create_model(name), occasion)
+            assert few.runs
+            whole.runs = []
+            for method in methods:
+                steps, expected = few.of(method), whole.of(method)
+                for batch in (1, 5):
+                    assert steps(batch).peak == pytest.approx(expected(batch).peak, rel=0.01), (name, method, batch)
+                    assert steps(batch).weights == expected(batch).weights
+                memory = 2 * expected(4).peak
+                assert abs(largest_batch(steps, 2, memory) - largest_batch(expected, 2, memory)) <= 1, (name, method)
+
+
+def test_a_model_that_asks_for_its_blocks_by_number():
+    """It cannot be shortened; all of it is taken."""
+
+    class Numbered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(9))
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for i in range(9):
+                x = self.blocks[i](x)
+            return self.head(x)
+
+    planned = fps.memory.plan(Numbered, 2, input_size=(8,), methods=["forward", "full"])
+    assert planned["full"].weights == 4 * sum(p.numel() for p in Numbered().parameters())
+
+
+@pytest.mark.parametrize("jump", [0, 3])
+def test_peaks_that_are_no_straight_line(jump):
+    """The answer is confirmed on both sides whatever the peaks do."""
+    from fps_kernels.memory.extrapolation import Steps, largest_batch
+    from fps_kernels.memory.rehearsal import Parts
+
+    def peak(n: int) -> int:
+        return 1000 + 10 * n + 40 * jump * (n // 7)
+
+    steps = Steps(lambda n: Parts((peak(n), 1500), 1000, 10 * n, 0, 0), [], [])
+    for memory in (900, 1499, 1500, 1777, 5000):
+        largest = largest_batch(steps, 4, memory)
+        fits = [n for n in range(1, 600) if max(peak(n), 1500) <= memory]
+        assert largest == max(fits, default=0), memory
