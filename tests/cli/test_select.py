@@ -127,7 +127,7 @@ def test_a_folder_without_splits_will_do(checkpoint, task, tmp_path):
         (["--data", "torch/nothing"], "torch/nothing, split train, cannot be opened"),
         (["--data", "torch/cifar10"], "--data-root says where it lies"),
         (["--train-split", "training"], "has no folder training"),
-        (["--checkpoint", "nowhere.safetensors"], "there is no file nowhere.safetensors"),
+        (["--checkpoint", "nowhere.safetensors"], "there is no file or folder nowhere.safetensors"),
         (["--pretrained"], "give --checkpoint or --pretrained, not both"),
         (["--output", "/nowhere/s.safetensors"], "there is no folder /nowhere"),
         (["--output", "/"], "is a folder, not a file to write"),
