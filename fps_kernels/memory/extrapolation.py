@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fps_kernels.memory.blocks import FEW, runs_of, shortened
+from fps_kernels.memory.measuring import placed
 from fps_kernels.memory.rehearsal import Occasion, Parts, Rehearsal, chosen, rehearsal, with_lora
 from fps_kernels.selection import Selection
 
@@ -44,7 +45,7 @@ class Theatre:
         if method.startswith("LoRA"):
             with unset_fake_temporarily(), torch.device("meta"):
                 model = with_lora(model)
-        model = model.to_empty(device="cpu")
+        model = placed(model)
         selection = None
         if method.startswith("attach"):
             key = tuple(periods)

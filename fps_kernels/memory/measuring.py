@@ -4,11 +4,12 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,8 +61,11 @@ class LiveTensors(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.before = self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
+        self._ends: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # each tells when its storage is freed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
+            return args[0].fake_device  # asked for as often as all operations together
         kwargs = kwargs or {}
         given = _given(args, kwargs)
         for tensor in given:
@@ -95,12 +99,13 @@ class LiveTensors(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         known = self._sizes.get(key)
         if known is None:
-            weakref.finalize(storage, self._freed, key).atexit = False
+            self._ends[key] = weakref.ref(storage, partial(self._freed, key))
         self.live += size - (known or 0)
         self._sizes[key] = size
 
-    def _freed(self, key: int) -> None:
+    def _freed(self, key: int, _: object) -> None:
         self.live -= self._sizes.pop(key)
+        del self._ends[key]
 
 
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -182,7 +187,27 @@ def simulated() -> Iterator[Callable[[Callable[[], nn.Module]], nn.Module]]:
         # Constructors compute with real numbers (drop-path rates, ...), so only parameters are left out at first.
         with unset_fake_temporarily(), torch.device("meta"):
             model = create()
-        return model.to_empty(device="cpu")
+        return placed(model)
 
     with mode:
         yield build
+
+
+def placed(model: nn.Module) -> nn.Module:
+    """A model from device "meta" as one on the CPU, inside of :func:`simulated`; what layers share, they still share."""
+    known: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in known:
+                    known[parameter] = nn.Parameter(_empty(parameter), parameter.requires_grad)
+                module._parameters[name] = known[parameter]  # type: ignore[assignment]  # parameters give parameters
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = known.setdefault(buffer, _empty(buffer))
+    return model
+
+
+def _empty(like: Tensor) -> Tensor:
+    # Of the size alone, which is quicker than of a tensor that the simulation does not know.
+    return torch.empty(like.shape, dtype=like.dtype, device="cpu")

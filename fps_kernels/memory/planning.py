@@ -172,6 +172,7 @@ def _model(
         similar = ", ".join(timm.list_models(f"*{model.split('_')[0]}*")[:3])
         raise ValueError(f"timm has no model {model!r}" + (f" (but {similar})" if similar else ""))
     if input_size is None:
-        with torch.device("meta"):
-            input_size = timm.create_model(model).pretrained_cfg["input_size"]
+        input_size = timm.get_pretrained_cfg_value(model, "input_size")
+    if input_size is None:
+        raise ValueError(f"input_size is needed, such as (3, 224, 224): timm does not say what {model} takes")
     return partial(timm.create_model, model), tuple(input_size), model

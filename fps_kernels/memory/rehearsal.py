@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -98,7 +98,9 @@ def rehearsal(method: str, model: nn.Module, occasion: Occasion, selection: Sele
         occasion: what else counts.
         selection: of what :func:`chosen` gives; for ``attach`` alone.
     """
-    if method in ("forward", "FPS", "GPS"):
+    if method == "FPS":
+        return partial(_sample_by_sample, model, occasion)
+    if method in ("forward", "GPS"):
         return partial(_choosing, method, model, occasion)
     return _Training(method, model, occasion, selection)
 
@@ -123,6 +125,13 @@ def _choosing(method: str, model: nn.Module, o: Occasion, count: int) -> Parts:
             gps_select(model, [(x, y)], loss="cross_entropy", budget=PerNeuron(o.k), forward=o.forward, progress=False)
     gradients = weights if method == "GPS" else 0  # of all weights, until the choice is made
     return Parts((live.peak,), weights, live.peak - live.before - gradients, gradients, 0)
+
+
+def _sample_by_sample(model: nn.Module, o: Occasion, count: int) -> Parts:
+    few = min(count, 2)  # the third sample and all further ones do as the second did, but for lying there
+    found = _choosing("FPS", model, o, few)
+    (peak,) = found.phases
+    return replace(found, phases=(peak + (count - few) * size_of(o.batch(1)),))
 
 
 class _Training:

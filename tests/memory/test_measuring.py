@@ -115,6 +115,31 @@ def test_simulated_models_need_no_memory():
     assert report.peak == 4 * (2**40 + 2**20 + 2 * 3 * 2**20)
 
 
+def test_simulated_models_share_what_real_ones_share():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(1000, 8)
+            self.head = nn.Linear(8, 1000, bias=False)
+            self.head.weight = self.embedding.weight
+            self.norm = nn.BatchNorm1d(8)
+            self.again = self.norm
+            self.head.weight.requires_grad_(False)
+
+    with simulated() as build:
+        model = build(Tied)
+        assert model.head.weight is model.embedding.weight
+        assert model.again is model.norm
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == {
+            "embedding.weight": False,
+            "norm.weight": True,
+            "norm.bias": True,
+        }
+        report = measure(lambda: None, existing=[model])
+    real = Tied()
+    assert report.before == measure(lambda: None, existing=[real]).before == 4 * (8000 + 4 * 8) + 8
+
+
 def test_printing():
     assert format_bytes(3 * 2**30) == "3.000 GiB"
     assert format_bytes(1.5 * 2**20) == "1.5 MiB"

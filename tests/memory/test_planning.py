@@ -126,6 +126,25 @@ def test_bad_input(arguments, match):
         fps.memory.plan(**({"model": NAME, "batch_size": 1} | arguments))
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_choosing_sample_by_sample_is_that_of_all_samples(count):
+    from fps_kernels.memory.measuring import simulated
+    from fps_kernels.memory.rehearsal import Occasion, rehearsal
+
+    with simulated() as build:
+        occasion = Occasion((3, 8, 8), torch.float32, 2, None)
+        model = build(Classifier)
+        x, y = occasion.batch(count)
+        run = lambda: fps.select(model, [x], budget=fps.PerNeuron(2), micro_batch=1, progress=False)  # noqa: E731
+        assert rehearsal("FPS", model, occasion)(count).peak == measure(run, existing=[model, x, y]).peak
+
+
+def test_an_input_size_that_timm_does_not_tell(monkeypatch):
+    monkeypatch.setattr(timm, "get_pretrained_cfg_value", lambda name, key: None)
+    with pytest.raises(ValueError, match="input_size is needed, such as \\(3, 224, 224\\): timm does not say what vit_tiny"):
+        fps.memory.plan(NAME, 1)
+
+
 def test_few_blocks_tell_of_all():
     """Of a model with a run of equal blocks the plan is that of taking steps with all of them."""
     from fps_kernels.memory.extrapolation import Theatre, largest_batch
