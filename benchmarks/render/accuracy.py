@@ -1,11 +1,14 @@
 """The tables of ``benchmarks.render`` that are about accuracy, from ``benchmarks/results/accuracy*``."""
 
+from collections import defaultdict
+
 from benchmarks.accuracy import table as accuracy_table
 from benchmarks.accuracy.ideas import IDEAS
 from benchmarks.accuracy.lines import COARSER, FEWER_BITS, read
 from benchmarks.render import tables
 from benchmarks.render.tables import Content, Row, markdown, source
 
+IN_BFLOAT16 = "FPS, bfloat16 weights"
 # The least that a data set must have before its accuracies are shown in the README.
 NEEDED = {"random", "FPS", "GPS", "linear", "full"}
 
@@ -31,47 +34,60 @@ def in_all_bits(lines: list[Row]) -> list[Row]:
 
 def fewer_bits(lines: list[Row]) -> str | None:
     """What it costs in accuracy to keep activations in fewer bits; ``None`` if nobody tried."""
-    tested = accuracy_table.of_split(lines, "test")
-    head, body = accuracy_table.fewer_bits_rows(tested, FEWER_BITS)
-    if not body:
+    table = _beside_others(lines, FEWER_BITS)
+    if table is None:
         return None
     note = (
         "Activations kept in fewer bits, at the learning rates that were found without: percent of the test images, mean ± "
         "standard error over seeds, and the paired difference in percentage points with its 95 % confidence interval over "
         "runs, and its half-width over test images."
     )
-    shown = [line for line in tested if line["method"] in FEWER_BITS]
-    return "\n\n".join([note, markdown(head, body), _accuracy_source(shown)])
+    shown = [line for line in accuracy_table.of_split(lines, "test") if line["method"] in FEWER_BITS]
+    return "\n\n".join([note, table, _accuracy_source(shown)])
 
 
 def coarser(lines: list[Row]) -> str | None:
     """What bfloat16 costs in accuracy, and how many chosen entries it hides the change of; ``None`` if nobody tried."""
-    tested = accuracy_table.of_split(lines, "test")
-    head, body = accuracy_table.fewer_bits_rows(tested, COARSER)
-    if not body:
+    table = _beside_others(lines, COARSER)
+    if table is None:
         return None
     note = (
         "bfloat16, at the learning rates that were found in float32: weights in bfloat16 with float32 master values of the "
         "chosen entries, and float32 weights multiplied in bfloat16 (autocast). Percent of the test images and differences "
         "as above:"
     )
-    shown = [line for line in lines if line["method"] in COARSER or _of_low_rate(line)]
-    rows = []
-    for dataset in dict.fromkeys(line["dataset"] for line in shown):
-        for lr in sorted({line["lr"] for line in shown}, reverse=True):
-            own = [line for line in shown if (line["dataset"], line["lr"]) == (dataset, lr)]
-            moved = [line for line in own if line["method"] == "FPS, bfloat16 weights"]
-            seeds = {line["seed"] for line in own if line["split"] == "screen"}
-            here = [line for line in lines if (line["dataset"], line["lr"], line["split"]) == (dataset, lr, "screen")]
-            held = [line for line in here if line["seed"] in seeds]
-            cells = [_mean([line["accuracy"] for line in held if line["method"] == m]) for m in ("FPS", *COARSER)][:2]
-            rows.append([dataset, f"{lr:g}", *cells, _mean([line["update"]["unmoved"] for line in moved])])
-    names = ["data set", "lr", "float32", "bfloat16 weights", "chosen entries that look unmoved"]
     also = (
         "Chosen entries of bfloat16 weights that show after training what they showed before, although their master values "
         "moved (means over runs), and accuracy on held-out halves of the training images at the same rate:"
     )
-    return "\n\n".join([note, markdown(head, body), also, markdown(names, rows, left=1), _accuracy_source(shown)])
+    shown = [line for line in lines if _of_bfloat16(line)]
+    return "\n\n".join([note, table, also, _unmoved(lines, shown), _accuracy_source(shown)])
+
+
+def _beside_others(lines: list[Row], like: dict[str, str]) -> str | None:
+    head, body = accuracy_table.fewer_bits_rows(accuracy_table.of_split(lines, "test"), like)
+    return markdown(head, body) if body else None
+
+
+def _unmoved(lines: list[Row], shown: list[Row]) -> str:
+    """By data set and learning rate."""
+    held_out: dict[tuple[str, float], list[Row]] = defaultdict(list)
+    for line in accuracy_table.of_split(lines, "screen"):
+        held_out[line["dataset"], line["lr"]].append(line)
+    groups: dict[tuple[str, float], list[Row]] = defaultdict(list)
+    for line in shown:
+        groups[line["dataset"], line["lr"]].append(line)
+    rows = []
+    for (dataset, lr), own in sorted(groups.items(), key=lambda group: (group[0][0], -group[0][1])):
+        seeds = {line["seed"] for line in own if line["split"] == "screen"}
+        accuracies: dict[str, list[float]] = defaultdict(list)
+        for line in held_out[dataset, lr]:
+            if line["seed"] in seeds:
+                accuracies[line["method"]].append(line["accuracy"])
+        unmoved = [line["update"]["unmoved"] for line in own if line["method"] == IN_BFLOAT16]
+        rows.append([dataset, f"{lr:g}", _mean(accuracies["FPS"]), _mean(accuracies[IN_BFLOAT16]), _mean(unmoved)])
+    names = ["data set", "lr", "float32", "bfloat16 weights", "chosen entries that look unmoved"]
+    return markdown(names, rows, left=1)
 
 
 def _of_low_rate(line: Row) -> bool:

@@ -9,7 +9,7 @@ import sys
 from typing import Annotated
 
 from fps_kernels._version import __version__
-from fps_kernels.cli.hints import install_hint
+from fps_kernels.runs.hints import install_hint
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fps_kernels.cli.hints import install_hint
+from fps_kernels.runs.hints import install_hint
 
 
 def _read(context: typer.Context, path: Path | None) -> Path | None:

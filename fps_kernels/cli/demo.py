@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from fps_kernels.cli.config import Config
-from fps_kernels.cli.hints import install_hint
+from fps_kernels.runs.hints import install_hint
 
 
 def demo(

@@ -5,7 +5,7 @@ from typing import Any
 
 import typer
 
-from fps_kernels.cli.hints import install_hint
+from fps_kernels.runs.hints import install_hint
 from fps_kernels.runs.progress import speaks
 from fps_kernels.runs.stopping import InterruptedRunError
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fps_kernels.memory import format_bytes
 from fps_kernels.report.layers import Layer, layers_of
+from fps_kernels.runs.hints import install_hint
 from fps_kernels.selection import Selection
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def report(
 
         from fps_kernels.report import figures, outcomes
     except ImportError as error:
-        raise ImportError("the report needs plotly: pip install plotly", name=error.name) from error
+        raise ImportError(install_hint("the report", error), name=error.name) from error
     if not selection.nnz:
         raise ValueError(f"{about.get('file', 'the selection')} has no chosen entries to draw")
     layers = layers_of(selection, None if against is None else against[1])
@@ -183,7 +184,7 @@ def _drawing() -> Any:
     try:
         from fps_kernels.report import figures, outcomes
     except ImportError as error:
-        raise ImportError(f"the report needs {error.name}: pip install {error.name}", name=error.name) from error
+        raise ImportError(install_hint("the report", error), name=error.name) from error
     return figures, outcomes
 
 

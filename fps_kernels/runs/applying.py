@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fps_kernels.deltas.delta import Delta
 from fps_kernels.runs.checkpoints import is_torchs, read_checkpoint
-from fps_kernels.runs.models import timm_model
+from fps_kernels.runs.models import names_of, timm_model
 from fps_kernels.runs.progress import note, warnings_in_lines
 from fps_kernels.runs.tuned import Tuned
 from fps_kernels.storage.atomic import replaced_at_once
@@ -75,24 +75,28 @@ def apply_delta(path: Path, base: Path, output: Path, dtype: torch.dtype | None)
 
 def _base(delta: Delta, path: Path, base: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The base's tensors and metadata."""
-    metadata: dict[str, str] = {}
-    tensors = read_checkpoint(base)
-    if not is_torchs(base):
-        with safe_open(base, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
     about = delta.selection.description
-    tuned = Tuned.read(path) if {"model", "image_size", "classes"} <= about.keys() else None
+    tuned = Tuned.of(delta, path) if {"model", "image_size", "classes"} <= about.keys() else None
     if tuned is None or not tuned.is_timms:
-        return tensors, metadata
-    metadata |= {"model": tuned.model, "image_size": str(tuned.image_size), "classes": about["classes"]}
+        return read_checkpoint(base), _metadata(base)
+    tensors = read_checkpoint(base, names_of(tuned.model))
+    metadata = _metadata(base) | {"model": tuned.model, "image_size": str(tuned.image_size), "classes": about["classes"]}
     return _as_timm_has_it(delta, tuned, base, tensors), metadata
+
+
+def _metadata(base: Path) -> dict[str, str]:
+    if is_torchs(base):
+        return {}
+    with safe_open(base, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def _as_timm_has_it(delta: Delta, tuned: Tuned, base: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's names, and position embeddings of the image size; heads are still those of the base."""
     usual = _usual(tensors)
     found: dict[str, Tensor] = {}
-    for name, t in timm_model(tuned.model, base, len(tuned.classes), tuned.image_size).state_dict().items():
+    model = timm_model(tuned.model, base, len(tuned.classes), tuned.image_size, tensors=tensors)
+    for name, t in model.state_dict().items():
         before = tensors.get(name)
         if name in delta.dense and (before is None or before.shape != t.shape):
             if before is not None:

@@ -135,11 +135,11 @@ def seen_by(
     """
     processes = processes or Processes()
     loaded.model.eval()
-    places = in_order(len(images), batch_size)
-    own = [(processes.share(len(batch)), part) for batch, part in zip(places(), processes.parts(places()), strict=True)]
-    parts = reading.batches(images, as_seen_by(loaded.config), lambda: processes.parts(places()), 0)
-    for (count, part), (inputs, target) in zip(own, parts, strict=True):
-        if not count:
+    places = list(in_order(len(images), batch_size)())
+    parts = list(processes.parts(places))
+    read = reading.batches(images, as_seen_by(loaded.config), lambda: iter(parts), 0)
+    for batch, part, (inputs, target) in zip(places, parts, read, strict=True):
+        if not processes.share(len(batch)):
             continue
         with precision or nullcontext():
             logits = loaded.model(inputs.to(loaded.device, loaded.dtype)).float()

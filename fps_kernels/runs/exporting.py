@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from fps_kernels.runs.hints import install_hint
 from fps_kernels.runs.models import Loaded
 from fps_kernels.runs.progress import note
 from fps_kernels.storage.atomic import replaced_at_once
@@ -63,10 +64,12 @@ def export_onnx(loaded: Loaded, classes: tuple[str, ...], output: Path) -> None:
         ValueError: what it computes is not what the model computes, as far as onnxruntime is there to tell.
     """
     try:
+        # Torch imports them when it is too late for a message of ours.
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"exporting to ONNX needs {error.name}: pip install onnx onnxscript", name=error.name) from error
+        hint = install_hint("exporting to ONNX", error, "onnx", "onnxscript")
+        raise ImportError(hint, name=error.name) from error
     with replaced_at_once(output) as temporary:
         torch.onnx.export(
             loaded.model,

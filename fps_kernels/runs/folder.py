@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from fps_kernels.runs.json_lines import objects
 from fps_kernels.storage.atomic import replaced_at_once
 from fps_kernels.storage.checked_file import read, write
 
@@ -172,17 +173,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         ValueError: a line that is no JSON object.
         OSError: it cannot be read.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}, is no JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}, is no JSON object")
-        records.append(record)
-    return records
+    return [record for _, record in objects(path, path.read_text(encoding="utf-8").split("\n")[:-1])]
 
 
 def _shown(value: Any) -> str:

@@ -19,6 +19,7 @@ from fps_kernels.runs.checking import check_images
 from fps_kernels.runs.choice import Choice, choose
 from fps_kernels.runs.evaluation import Evaluation
 from fps_kernels.runs.folder import RunFolder, read_metrics
+from fps_kernels.runs.hints import install_hint
 from fps_kernels.runs.images import ImageSet, Reading
 from fps_kernels.runs.loop import Training
 from fps_kernels.runs.models import Loaded
@@ -220,7 +221,7 @@ def _tensorboard_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("--tensorboard needs tensorboard: pip install tensorboard", name="tensorboard") from error
+        raise ImportError(install_hint("--tensorboard", error, "tensorboard"), name=error.name) from error
     return SummaryWriter
 
 

@@ -1,15 +1,16 @@
 """Lists of images: CSV, TSV or JSON-lines files of paths and labels, and Hugging Face's ``metadata`` beside images."""
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fps_kernels.runs.folders import ImageFiles
+from fps_kernels.runs.json_lines import objects
 
-ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson")
+_JSON = (".jsonl", ".ndjson")
+ENDINGS = (".csv", ".tsv", *_JSON)
 PATHS = ("file_name", "filename", "file", "path", "filepath", "image", "image_path", "image_id")
 """What the column of paths may be called, unless one is named."""
 LABELS = ("label", "labels", "class", "class_name", "category", "target", "y")
@@ -85,7 +86,7 @@ def read_list(file: Path, root: Path | None = None, columns: Columns | None = No
     """
     columns = columns or Columns()
     named: list[tuple[int, Mapping[str, Any]]] = list(
-        _objects(file) if file.suffix.lower()[1:3] in ("js", "nd") else _lines(file)
+        objects(file, file.read_text(encoding="utf-8-sig").split("\n")) if file.suffix.lower() in _JSON else _rows(file)
     )
     if not named:
         raise ValueError(f"{file} lists no image")
@@ -128,7 +129,7 @@ def _column(file: Path, known: list[str], wanted: str | None, usual: tuple[str, 
     return next((name for one in usual for name in known if name.lower() == one), None)
 
 
-def _lines(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as opened:
         reader = csv.DictReader(opened, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
         try:
@@ -138,19 +139,6 @@ def _lines(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 yield reader.line_num, row
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{file}, line {reader.line_num + 1}, cannot be read: {error}") from error
-
-
-def _objects(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}, is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}, line {number}, is no JSON object")
-        yield number, row
 
 
 def _text(value: Any) -> str:

@@ -102,7 +102,7 @@ class Training:
         seed_everything(recipe.seed if processes.first else mixed(recipe.seed, processes.rank))
         self.average = Average(tuner, recipe.ema) if recipe.ema else None
         self.loss = Loss.of(recipe, len(splits.train.classes), loaded.device)
-        self.scaler = torch.amp.GradScaler(loaded.device.type, enabled=recipe.autocast == "fp16")
+        self.scaler = recipe.scaler(loaded.device)
         self.at = Progress(loss=torch.zeros((), dtype=torch.float64, device=loaded.device))
         self.resumed = restore(self)
         processes.barrier()  # nobody writes what others still read
@@ -191,13 +191,9 @@ class Training:
         """Summed over the images."""
         device, dtype = self.loaded.device, self.loaded.dtype
         inputs, target = inputs.to(device, dtype, non_blocking=True), target.to(device, non_blocking=True)
-        with self._precision():
+        with self.recipe.precision(device):
             logits = self.loaded.model(inputs)
         return self.loss(logits, target)
-
-    def _precision(self) -> torch.autocast:
-        dtype = torch.float16 if self.recipe.autocast == "fp16" else torch.bfloat16
-        return torch.autocast(self.loaded.device.type, dtype, enabled=self.recipe.autocast is not None)
 
     # ------------------------------------------------------------------------------------------------ metrics
 
@@ -272,7 +268,8 @@ class Training:
 
     def evaluate(self, images: ImageSet) -> Evaluation:
         """The model as it is, on some images."""
-        return evaluate(self.loaded, images, self.reading, self.recipe.batch_size, self.processes, self._precision())
+        precision = self.recipe.precision(self.loaded.device)
+        return evaluate(self.loaded, images, self.reading, self.recipe.batch_size, self.processes, precision)
 
     @contextmanager
     def result(self) -> Generator[None, None, None]:

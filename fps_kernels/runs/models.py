@@ -3,7 +3,7 @@
 import difflib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from fps_kernels.runs.checkpoints import is_torchs, read_checkpoint
+from fps_kernels.runs.hints import install_hint
 from fps_kernels.runs.progress import warn
 from fps_kernels.tuning.beside import linear_shape
 from fps_kernels.weights.roles import classifier_modules
@@ -122,7 +123,7 @@ def _streaming(
     try:
         from accelerate import init_empty_weights
     except ImportError as error:
-        raise ImportError("--stream needs accelerate: pip install accelerate", name="accelerate") from error
+        raise ImportError(install_hint("--stream", error), name=error.name) from error
     with init_empty_weights():
         model = timm_model(name, None, classes, image_size, drop_path=drop_path).to(dtype)
     for head in classifier_modules(model):
@@ -159,6 +160,7 @@ def timm_model(
     *,
     pretrained: bool = False,
     drop_path: float = 0.0,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """A timm model with a new head, in float32.
 
@@ -169,6 +171,7 @@ def timm_model(
         image_size: side of the images, ``None`` for the model's own.
         pretrained: without a checkpoint, timm's own weights, from its cache or downloaded.
         drop_path: rate of stochastic depth.
+        tensors: of the checkpoint, where it has been read already.
 
     Raises:
         ValueError: an unknown architecture or one that lacks an option; a file that is no checkpoint or lacks weights of the
@@ -184,8 +187,8 @@ def timm_model(
     if image_size is not None:
         options["img_size"] = image_size
     if checkpoint is not None:
-        tensors = read_checkpoint(checkpoint, _names(name))
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": tensors}}
+        found = read_checkpoint(checkpoint, names_of(name)) if tensors is None else dict(tensors)  # timm takes heads out
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": found}}
     elif pretrained:
         options["pretrained"] = True
     source = "timm's weights" if checkpoint is None else str(checkpoint)
@@ -204,8 +207,8 @@ def timm_model(
     return model.to(torch.float32)
 
 
-def _names(name: str) -> frozenset[str]:
-    """Of the weights of an architecture."""
+def names_of(name: str) -> frozenset[str]:
+    """Of the weights of an architecture of timm."""
     with torch.device("meta"):
         return frozenset(timm.create_model(name).state_dict())
 

@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from fps_kernels.runs.choice import choose
 from fps_kernels.runs.images import ImageSet, Order, Reading
 from fps_kernels.runs.loss import Loss
@@ -70,6 +68,7 @@ def find_rate(job: "Job", loaded: Loaded, images: ImageSet, processes: Processes
         share = recipe.lr_dense / recipe.lr
         groups = tuner.param_groups(lambda name, _: {"share": share if name in tuner.dense else 1.0})
         optimizer = MaskedAdamW(groups, lr=LOWEST, weight_decay=recipe.weight_decay)
+        scaler = recipe.scaler(loaded.device)
         transform = as_seen_by(loaded.config, recipe.augmentation)
         batches = reading.batches(images, transform, lambda: order.batches_from(0), recipe.seed)
         for step, (inputs, target) in zip(range(STEPS), batches, strict=False):
@@ -78,12 +77,13 @@ def find_rate(job: "Job", loaded: Loaded, images: ImageSet, processes: Processes
                 group["lr"] = rate * group["share"]
             loaded.model.train()
             x, y = loss_of.mix(inputs.to(loaded.device, loaded.dtype), target.to(loaded.device), step, 0)
-            with torch.autocast(loaded.device.type, torch.bfloat16, enabled=recipe.autocast is not None):
+            with recipe.precision(loaded.device):
                 logits = loaded.model(x)
             loss = loss_of(logits, y) / len(x)
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             mean = _SMOOTHING * mean + (1 - _SMOOTHING) * float(loss.detach())
             smooth = mean / (1 - _SMOOTHING ** (step + 1))
             if not math.isfinite(smooth) or (losses and smooth > _DIVERGED * min(losses)):

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
 from fps_kernels.runs.views import Augmentation
 
 SCHEDULES = ("cosine", "constant")
@@ -74,6 +76,15 @@ class Recipe:
         if self.schedule == "constant":
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+    def precision(self, device: torch.device) -> torch.autocast:
+        """What forward passes are run inside of."""
+        dtype = torch.float16 if self.autocast == "fp16" else torch.bfloat16
+        return torch.autocast(device.type, dtype, enabled=self.autocast is not None)
+
+    def scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        """What keeps float16 gradients from vanishing; it does nothing where nothing is multiplied in float16."""
+        return torch.amp.GradScaler(device.type, enabled=self.autocast == "fp16")
 
     @property
     def augmentation(self) -> Augmentation:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from timm.data import create_dataset
 
 from fps_kernels.runs import lists
 from fps_kernels.runs.folders import ImageFiles
+from fps_kernels.runs.hints import install_hint
 from fps_kernels.runs.images import ImageSet, mixed
 from fps_kernels.runs.lists import Columns, Listed, metadata_of, read_list
 from fps_kernels.runs.progress import note, warn
@@ -52,8 +54,9 @@ class Source:
         """Whether it is one file that names its images."""
         return self.path.suffix.lower() in lists.ENDINGS
 
+    @cached_property
     def listed(self) -> Listed:
-        """The list."""
+        """The list, which is read once."""
         return read_list(self.path, self.root, self.columns)
 
 
@@ -87,7 +90,7 @@ def open_split(source: Source, split: str) -> ImageSet:
         ImportError: it needs a package that is not installed.
     """
     if source.is_list:
-        listed = source.listed()
+        listed = source.listed
         return _of_list(listed, split if listed.splits else None)
     if source.path.is_dir():
         if source.root is not None:
@@ -134,7 +137,7 @@ def _named(source: Source, split: str) -> ImageSet:
         with redirect_stdout(sys.stderr):  # which is for results
             dataset = create_dataset(data, root=None if root is None else str(root), split=split, download=source.download)
     except ImportError as error:
-        raise ImportError(f"{data} needs {error.name}: pip install {error.name}", name=error.name) from error
+        raise ImportError(install_hint(data, error), name=error.name) from error
     except (AssertionError, RuntimeError, OSError, TypeError, ValueError) as error:
         hint = "" if root is not None or kind.lower() == "hfds" else "; --data-root says where it lies"
         raise ValueError(f"{data}, split {split}, cannot be opened: {' '.join(str(error).split())}{hint}") from error
@@ -146,7 +149,7 @@ def _named(source: Source, split: str) -> ImageSet:
 
 def _has(source: Source, split: str) -> bool:
     if source.is_list:
-        return split in source.listed().splits
+        return split in source.listed.splits
     return (source.path / split).is_dir() or any((source.path / f"{split}{e}").is_file() for e in lists.ENDINGS)
 
 
@@ -161,7 +164,7 @@ def training_images(source: Source) -> ImageSet:
         ValueError: see :func:`open_split`.
     """
     if source.is_list:
-        listed = source.listed()
+        listed = source.listed
         split = source.train or (_first(source, _TRAIN) if listed.splits else None)
         images = listed.images(split)
         return ImageSet(f"{source.data}{f', {split}' if split else ''}", images, images.classes)
@@ -181,7 +184,7 @@ def unlabelled_images(source: Source) -> ImageSet:
         ValueError: there is none.
     """
     if source.is_list:
-        listed = source.listed()
+        listed = source.listed
         return ImageSet(source.data, replace(listed, has_labels=False).images(), ())
     if not source.path.is_dir():
         raise ValueError(f"there is no folder {source.data}")
@@ -218,10 +221,8 @@ def splits_of(source: Source, validation_share: float | None, seed: int) -> Spli
         names = [source.validation or _first(source, _VALIDATION), source.test or _first(source, _TEST)]
         if train_name is None and any(names):
             raise ValueError(f"{source.data} must hold the folders train and test (or val): there is no train")
-        if train_name is None and source.is_list and source.listed().splits:
-            raise ValueError(
-                f"{source.data} has no split train, but {', '.join(source.listed().splits)}: give --train-split"
-            )
+        if train_name is None and source.is_list and source.listed.splits:
+            raise ValueError(f"{source.data} has no split train, but {', '.join(source.listed.splits)}: give --train-split")
     else:
         train_name, names = source.train or "train", [source.validation, source.test or "test"]
     if names == [None, None] and validation_share is None:

@@ -40,7 +40,15 @@ class Tuned:
         Raises:
             ValueError: it is no delta, or one that ``fps-kernels tune`` did not write.
         """
-        delta = Delta.load(path)
+        return cls.of(Delta.load(path), path)
+
+    @classmethod
+    def of(cls, delta: Delta, path: Path) -> "Tuned":
+        """From a delta that was loaded from a file.
+
+        Raises:
+            ValueError: ``fps-kernels tune`` did not write it.
+        """
         about: Mapping[str, Any] = delta.selection.description
         try:
             classes = tuple(str(name) for name in json.loads(about["classes"]))

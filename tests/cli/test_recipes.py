@@ -160,6 +160,15 @@ def test_a_range_test_suggests_a_rate(small, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_range_test_multiplies_as_training_would(small):
+    losses = {
+        name: json.loads(output("tune", *small, "--k", 2, "--find-lr", "--json", *options))["losses"]
+        for name, options in (("fp32", ()), ("fp16", ("--autocast", "fp16")), ("bf16", ("--autocast", "bf16")))
+    }
+    errors = {name: abs(found[0] - losses["fp32"][0]) for name, found in losses.items()}
+    assert 0 < errors["fp16"] < errors["bf16"] / 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -179,9 +179,13 @@ def test_a_checkpoint_of_torch_as_the_base(tuned, checkpoint, task, tmp_path):
         output("evaluate", tuned[0], "--checkpoint", tmp_path / "base.pth", "--data", task, "--workers", 0, "--json")
     )
     assert found["accuracy"] == 1.0
+    written = []
     for name in (checkpoint, tmp_path / "base.pth"):
         output("apply", tuned[0], name, tmp_path / "tuned.safetensors")
-        assert "blocks.0.mlp.fc1.weight" in load_file(tmp_path / "tuned.safetensors")
+        written.append(load_file(tmp_path / "tuned.safetensors"))
+    assert "blocks.0.mlp.fc1.weight" in written[0]
+    assert written[0].keys() == written[1].keys()
+    assert all(torch.equal(t, written[1][name]) for name, t in written[0].items())
 
 
 def test_deltas_of_others_are_refused(task, base, tmp_path):

@@ -1,5 +1,6 @@
 """Importing the package is cheap and safe."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -41,6 +42,25 @@ def test_names_are_found_when_they_are_asked_for():
         "assert not hasattr(fps, 'nothing')"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_what_type_checkers_see_is_what_is_imported():
+    import fps_kernels as fps
+
+    (block,) = (node for node in ast.parse(Path(fps.__file__).read_text()).body if isinstance(node, ast.If))
+    told = {
+        alias.name: node.module.removeprefix("fps_kernels").lstrip(".")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+    rooms = {name for name, module in told.items() if not module}
+    assert rooms <= set(fps._ROOMS)
+    places = {**fps._PLACES, "gps": "choosing"}  # a module beside a function
+    assert {name: module for name, module in told.items() if module} == places
+    assert sorted(told) == sorted(fps.__all__)
+    folders = {path.parent.name for path in Path(fps.__file__).parent.glob("*/__init__.py")}
+    assert set(fps._ROOMS) <= folders
 
 
 def test_no_message_and_no_page_tells_to_install_extras_which_no_index_has():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from fps_kernels.runs import splits as splits_module
 from fps_kernels.runs.images import ImageSet
 from fps_kernels.runs.lists import Columns, metadata_of, read_list
 from fps_kernels.runs.splits import Source, held_out, open_split, splits_of, training_images
@@ -55,6 +56,27 @@ def test_lists_without_splits(tmp_path):
     assert splits.train.classes == ("False", "True")
     assert splits.test is not None
     assert names(splits.test) == [("c.png", "True"), ("d.png", "False")]
+
+
+def test_a_list_is_read_once(tmp_path, monkeypatch):
+    for name in "abcd":
+        picture(tmp_path / f"{name}.png")
+    (tmp_path / "all.csv").write_text("path,label,split\na.png,x,train\nb.png,y,train\nc.png,x,val\nd.png,y,test\n")
+    read = []
+    monkeypatch.setattr(splits_module, "read_list", lambda *args: read.append(args) or read_list(*args))
+    splits_of(Source(str(tmp_path / "all.csv")), None, 0)
+    assert len(read) == 1
+
+
+def test_paths_with_separators_of_lines(tmp_path):
+    """JSON strings may hold a line separator as it is; lines end at line feeds."""
+    picture(tmp_path / "a\u2028b.png")
+    line = json.dumps({"file_name": "a\u2028b.png", "label": "x"}, ensure_ascii=False)
+    (tmp_path / "all.jsonl").write_text(f"{line}\r\n\r\n", encoding="utf-8")
+    assert names(open_split(Source(str(tmp_path / "all.jsonl")), "")) == [("a\u2028b.png", "x")]
+    (tmp_path / "all.jsonl").write_text(f"{line}\n\n[1]\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"all\.jsonl, line 3, is no JSON object"):
+        read_list(tmp_path / "all.jsonl")
 
 
 def test_columns_and_roots_that_are_named(tmp_path):

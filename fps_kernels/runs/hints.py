@@ -7,7 +7,8 @@ def distribution_of(module: str | None) -> str:
     return {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}.get(package, package)
 
 
-def install_hint(what: str, error: ImportError) -> str:
-    """``what`` needs a package, and how it is installed."""
+def install_hint(what: str, error: ImportError, *more: str) -> str:
+    """``what`` needs a package, and how it is installed, together with ``more``."""
     package = str(error.name).partition(".")[0]
-    return f"{what} needs {package}: pip install {distribution_of(package)}"
+    wanted = dict.fromkeys((distribution_of(package), *more))
+    return f"{what} needs {package}: pip install {' '.join(wanted)}"
