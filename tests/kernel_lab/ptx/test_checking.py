@@ -123,12 +123,15 @@ def test_where_traffic_goes() -> None:
     assert any("topk.py:" in line and "instructions: " in line for line in lines)
 
 
-def test_several_processes_tell_the_same() -> None:
+def test_several_processes_tell_the_same(capsys) -> None:
     chosen = ["--only", "score_topk", "--match", "fp32 [9, 5] rows random groups 3", "--one-order"]
-    told = []
-    for jobs in ("1", "2"):
-        ran = [sys.executable, "-m", "kernel_lab.ptx", *chosen, "--jobs", jobs]
-        done = subprocess.run(ran, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
-        told.append([line.rpartition(" | ")[0] for line in done.stdout.split("\n") if " | " in line])
-    assert told[0] == told[1]
-    assert len(told[0]) == 6
+
+    def told(out: str) -> list[str]:
+        return [line.rpartition(" | ")[0] for line in out.split("\n") if " | " in line]
+
+    assert command.main([*chosen, "--jobs", "1"]) == 0
+    here = told(capsys.readouterr().out)
+    ran = [sys.executable, "-m", "kernel_lab.ptx", *chosen, "--jobs", "2"]
+    done = subprocess.run(ran, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    assert told(done.stdout) == here
+    assert len(here) == 6
