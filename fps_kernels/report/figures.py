@@ -135,7 +135,7 @@ def of_run(run: "Run") -> list[Chart]:
     if records := run.of("eval", "epoch", "accuracy"):
         points = [(measured, [r["epoch"] for r in records], [r["accuracy"] for r in records])]
         text = f"Share of the {measured} images that are classified correctly, by epoch."
-        charts.append(_curves("accuracy", "Accuracy", text, points, ".2%", ".0%"))
+        charts.append(_curves("accuracy", "Accuracy", text, points, ".2%", ".3~%"))
     if records := run.of("train", "step", "step_seconds"):
         figure = _curve_figure([("step", [r["step"] for r in records], [r["step_seconds"] for r in records])], ".3g")
         figure.update_layout(xaxis_title="step", yaxis={"title": "seconds", "rangemode": "tozero"}, showlegend=False)

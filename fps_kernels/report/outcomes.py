@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 MOST = 40
 """Classes in a chart: the worst ones, where there are more."""
 _SIDE = 160  # of the pictures, at most
+_TAIL = 32  # letters of an image's path
 
 
 def of_evaluation(found: "Evaluation") -> list[Chart]:
@@ -122,7 +123,11 @@ def _picture(path: str) -> str | None:
 
 
 def _tail(path: str) -> str:
-    return path if len(path) <= 40 else f"…{path[-39:]}"
+    """The file and as many of its folders as there is room for."""
+    *folders, tail = Path(path).parts
+    while folders and len(folders[-1]) + 1 + len(tail) <= _TAIL:
+        tail = str(Path(folders.pop(), tail))
+    return f"…/{tail}" if folders else tail
 
 
 def _e(text: str) -> str:

@@ -93,6 +93,23 @@ def test_charts_of_runs_and_evaluations():
     assert sorted(figure(found, "classes").data[0].x) == [0.5, 2 / 3]
 
 
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/data/of/someone/pictures/test/dog/0007.png", "…/pictures/test/dog/0007.png"),
+        ("/a/b.png", "/a/b.png"),
+        (f"test/{'x' * 40}.png", f"…/{'x' * 40}.png"),
+        ("image 12", "image 12"),
+    ],
+)
+def test_paths_of_images_are_cut_between_folders(path, shown):
+    from fps_kernels.report.outcomes import worst_images
+    from fps_kernels.runs.evaluation import Mistake
+
+    found = Evaluation("images", 1, 3.0, 0.0, None, ("a", "b"), ((0, 1, 1),), (Mistake(path, "a", "b", 0.9, 3.0),))
+    assert f'<span title="{path}">{shown}</span>' in worst_images(found)
+
+
 def test_a_page_of_an_evaluation_whose_images_are_gone(selection, tmp_path: Path):
     from fps_kernels.report import report
     from fps_kernels.runs.evaluation import Mistake
