@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 MOST = 40
 """Classes in a chart: the worst ones, where there are more."""
+_LABELLED = 20  # classes whose names all stand beside the map of what is taken for what
 _SIDE = 160  # of the pictures, at most
 _TAIL = 32  # letters of an image's path
 
@@ -66,9 +68,12 @@ def _confusion(found: "Evaluation", shown: list[str], which: str) -> list[Chart]
         if (column := place.get(found.classes[guess])) is not None:
             counts[row][column] = images
     labels = [escaped(name) for name in names]
+    every = {"dtick": 1} if len(names) <= _LABELLED else {}  # of more, as many labels as there is room for
+    shares = [[n / max(1, total) for n in row] for row, total in zip(counts, totals, strict=True)]
+    most = max(map(max, shares))  # up to which colours go: those of many weak classes would all be pale
     figure = go.Figure(
         go.Heatmap(
-            z=[[n / max(1, total) for n in row] for row, total in zip(counts, totals, strict=True)],
+            z=shares,
             x=labels,
             y=labels,
             customdata=counts,
@@ -83,9 +88,13 @@ def _confusion(found: "Evaluation", shown: list[str], which: str) -> list[Chart]
     figure.update_layout(
         margin={"l": 8, "r": 20, "t": 8, "b": 8},
         height=150 + max(18 * len(names), 240),
-        xaxis={"title": "taken for", "type": "category", "dtick": 1, "tickangle": -60, "tickfont": {"size": 10}},
-        yaxis={"title": "is", "type": "category", "dtick": 1, "autorange": "reversed", "tickfont": {"size": 10}},
-        coloraxis={"cmin": 0, "cmax": 1, "colorbar": {"tickformat": ".0%", "thickness": 12}},
+        xaxis={"title": "taken for", "type": "category", **every, "tickangle": -60, "tickfont": {"size": 10}},
+        yaxis={"title": "is", "type": "category", **every, "autorange": "reversed", "tickfont": {"size": 10}},
+        coloraxis={
+            "cmin": 0,
+            "cmax": math.ceil(10 * max(most, 0.1)) / 10,
+            "colorbar": {"tickformat": ".0%", "thickness": 12},
+        },
     )
     text = f"Each row is a class, and what its images are taken for.{which}"
     return [Chart("confusion", "What is taken for what", text, figure, narrow={"coloraxis.showscale": False})]
