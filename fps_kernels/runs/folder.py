@@ -15,7 +15,7 @@ from fps_kernels.runs.json_lines import objects
 from fps_kernels.storage.atomic import replaced_at_once
 from fps_kernels.storage.checked_file import read, write
 
-FORMAT = "fps_kernels.run.2"
+FORMAT = "fps_kernels.run.3"
 BEST_FORMAT = "fps_kernels.best.1"
 
 

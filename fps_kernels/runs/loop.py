@@ -39,6 +39,7 @@ class Progress:
         step: steps done.
         evaluated: epochs after which it was evaluated.
         best: accuracy on the validation images of the best evaluation so far, -1 before the first one.
+        best_loss: its loss, which decides between equal accuracies; ``None`` before the first one.
         best_epoch: its epoch.
         waited: evaluations since then.
         loss: sum over the images since the last record, float64 ``[]``.
@@ -48,10 +49,15 @@ class Progress:
     step: int = 0
     evaluated: int = 0
     best: float = -1.0
+    best_loss: float | None = None
     best_epoch: int = 0
     waited: int = 0
     loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     images: int = 0
+
+    def is_improved_by(self, accuracy: float, loss: float) -> bool:
+        """Whether an evaluation is better than all before: more accurate, or as accurate with a lower loss."""
+        return self.best_loss is None or (accuracy, -loss) > (self.best, -self.best_loss)
 
 
 class Training:
@@ -245,7 +251,7 @@ class Training:
             found = self.evaluate(self.splits.watched)
             epoch = self.at.step // self.order.steps_per_epoch
             if self.splits.validation is not None:
-                self._compare(found.accuracy, epoch)
+                self._compare(found, epoch)
         record = {"type": "eval", "step": self.at.step, "epoch": epoch, "loss": found.loss, "accuracy": found.accuracy}
         record |= {} if found.top5 is None else {"top5": found.top5}
         record["split"] = "test" if self.splits.validation is None else "validation"
@@ -253,12 +259,13 @@ class Training:
         self.at.evaluated = epoch
         self.last_evaluation = found
 
-    def _compare(self, accuracy: float, epoch: int) -> None:
+    def _compare(self, found: Evaluation, epoch: int) -> None:
         """Keep what is measured, if it is better than all before."""
-        if accuracy <= self.at.best:
-            self.at.waited += 1
+        at = self.at
+        if not at.is_improved_by(found.accuracy, found.loss):
+            at.waited += 1
             return
-        self.at.best, self.at.best_epoch, self.at.waited = accuracy, epoch, 0
+        at.best, at.best_loss, at.best_epoch, at.waited = found.accuracy, found.loss, epoch, 0
         if self.recipe.keep == "best" and self.processes.first:
             save_best(self)
 

@@ -35,6 +35,7 @@ def save(run: "Training") -> None:
         "step": run.at.step,
         "evaluated": run.at.evaluated,
         "best": run.at.best,
+        "best_loss": run.at.best_loss,
         "best_epoch": run.at.best_epoch,
         "waited": run.at.waited,
         "scaler": run.scaler.state_dict(),
@@ -74,7 +75,7 @@ def restore(run: "Training") -> bool:
         run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
         for group in run.optimizer.param_groups:
             group["initial_lr"] = group["lr"]  # what a schedule that does not start at step 0 goes by
-        for key in ("step", "evaluated", "images", "best", "best_epoch", "waited"):
+        for key in ("step", "evaluated", "images", "best", "best_loss", "best_epoch", "waited"):
             setattr(run.at, key, content[key])
         run.scaler.load_state_dict(content["scaler"])
         if run.average is not None:

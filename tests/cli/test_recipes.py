@@ -94,8 +94,7 @@ def test_the_best_epoch_is_kept_and_training_ends_early(small, task, tmp_path):
     found = json.loads(output("tune", *small, *arguments, "--json"))
     evals = records(tmp_path / "t.run", "eval")
     assert {r["split"] for r in evals} == {"validation"}
-    accuracies = [r["accuracy"] for r in evals]
-    best = accuracies.index(max(accuracies)) + 1
+    best = max(range(len(evals)), key=lambda i: (evals[i]["accuracy"], -evals[i]["loss"])) + 1
     assert found["best_epoch"] == best
     assert len(evals) == min(9, best + 2)
     assert found["steps"] == len(evals) * 2  # seven images, four in a step

@@ -10,6 +10,7 @@ from torch import nn
 
 import fps_kernels as fps
 from fps_kernels.runs.averaging import Average, show, values_of
+from fps_kernels.runs.loop import Progress
 from fps_kernels.runs.loss import Loss, balanced
 from fps_kernels.runs.views import Augmentation, as_seen_by
 
@@ -46,6 +47,16 @@ def test_an_average_is_shown_and_taken_back_bit_by_bit(dtype):
         assert all(torch.equal(w, p) for w, p in zip(weights, model.parameters(), strict=True))
         show(tuner, average.held)
         assert torch.equal(model(x), inside)
+
+
+def test_of_equal_accuracies_the_lower_loss_is_better():
+    at = Progress()
+    assert at.is_improved_by(0.0, 5.0)
+    at.best, at.best_loss = 0.5, 1.0
+    assert [at.is_improved_by(a, b) for a, b in ((0.5, 0.9), (0.6, 2.0), (0.5, 1.0), (0.4, 0.1), (0.5, math.nan))] == [
+        *(True, True),
+        *(False, False, False),
+    ]
 
 
 def loss(**given):
