@@ -107,7 +107,9 @@ def _percent(value: float | None) -> str:
 
 def predict(
     delta: DeltaFile,
-    images: Annotated[Path, typer.Argument(help="A folder of images, or a list of them (.csv, .jsonl).", metavar="IMAGES")],
+    images: Annotated[
+        Path, typer.Argument(help="A folder of images, a list of them (.csv, .jsonl), or one.", metavar="IMAGES")
+    ],
     *,
     checkpoint: options.Checkpoint = None,
     pretrained: options.Pretrained = False,

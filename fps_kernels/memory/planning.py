@@ -1,5 +1,6 @@
 """What each way of choosing and tuning would need, and the largest batch that fits: nothing is allocated, no GPU needed."""
 
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -168,11 +169,27 @@ def _model(
         return model, tuple(input_size), getattr(model, "__name__", "model")
     import timm
 
-    if not timm.is_model(model):
-        similar = ", ".join(timm.list_models(f"*{model.split('_')[0]}*")[:3])
-        raise ValueError(f"timm has no model {model!r}" + (f" (but {similar})" if similar else ""))
+    check_name(model)
     if input_size is None:
         input_size = timm.get_pretrained_cfg_value(model, "input_size")
     if input_size is None:
         raise ValueError(f"input_size is needed, such as (3, 224, 224): timm does not say what {model} takes")
     return partial(timm.create_model, model), tuple(input_size), model
+
+
+def check_name(name: str) -> None:
+    """Whether timm has a model.
+
+    Raises:
+        ValueError: it has none of that name; the message names the one that is most alike.
+        ImportError: timm is missing.
+    """
+    import timm
+
+    if timm.is_model(name):
+        return
+    # Names are long: what was mistyped is held against as much of each.
+    likeness = {other: difflib.SequenceMatcher(None, other[: len(name)], name).ratio() for other in timm.list_models()}
+    nearest = max(likeness, key=lambda other: (likeness[other], -len(other)))
+    hint = f"did you mean {nearest!r}?" if likeness[nearest] > 0.7 else "timm.list_models() names them all"
+    raise ValueError(f"timm has no model {name!r}: {hint}")

@@ -1,6 +1,5 @@
 """A timm model with its weights, and how it wants its images."""
 
-import difflib
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from fps_kernels.memory.planning import check_name
 from fps_kernels.runs.checkpoints import is_torchs, read_checkpoint
 from fps_kernels.runs.hints import install_hint
 from fps_kernels.runs.progress import warn
@@ -177,10 +177,7 @@ def timm_model(
         ValueError: an unknown architecture or one that lacks an option; a file that is no checkpoint or lacks weights of the
             model; weights that cannot be had.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), 1)
-        hint = f"did you mean {near[0]!r}?" if near else "timm.list_models() names them all"
-        raise ValueError(f"timm has no model {name!r}: {hint}")
+    check_name(name)
     options: dict[str, Any] = {"num_classes": classes}
     if drop_path:
         options["drop_path_rate"] = drop_path

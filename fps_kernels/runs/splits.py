@@ -178,7 +178,7 @@ def training_images(source: Source) -> ImageSet:
 
 
 def unlabelled_images(source: Source) -> ImageSet:
-    """All images of a folder or of a list, whatever they are.
+    """All images of a folder or of a list, or a single one, whatever they are.
 
     Raises:
         ValueError: there is none.
@@ -186,9 +186,11 @@ def unlabelled_images(source: Source) -> ImageSet:
     if source.is_list:
         listed = source.listed
         return ImageSet(source.data, replace(listed, has_labels=False).images(), ())
-    if not source.path.is_dir():
-        raise ValueError(f"there is no folder {source.data}")
-    return ImageSet(source.data, ImageFiles.unlabelled(source.path), ())
+    if source.path.is_dir():
+        return ImageSet(source.data, ImageFiles.unlabelled(source.path), ())
+    if not source.path.is_file():
+        raise ValueError(f"there is no file or folder {source.data}")
+    return ImageSet(source.data, ImageFiles(source.path.parent, (source.path,), (0,), ("",)), ())
 
 
 def measured_images(source: Source, split: str | None) -> ImageSet:

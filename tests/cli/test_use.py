@@ -112,8 +112,12 @@ def test_predict(tuned, base, checkpoint, task, tmp_path):
     (row,) = csv.DictReader((tmp_path / "q.csv").open())
     assert list(row) == ["file", "class_1", "probability_1"]
     assert row["class_1"] == "light"
+    one = task / "test" / "light" / "0.png"
+    output("predict", tuned[0], one, *base, "--top", 1, "--workers", 0, "--output", tmp_path / "one.csv")
+    assert list(csv.DictReader((tmp_path / "one.csv").open())) == [{**row, "file": str(one)}]
     done = cli("predict", tuned[0], tmp_path / "nowhere", *base, "--output", tmp_path / "r.csv")
     assert (done.code, (tmp_path / "r.csv").exists()) == (2, False)
+    assert "there is no file or folder" in done.message
 
 
 def test_exported_for_timm(tuned, base, checkpoint, task, tmp_path):

@@ -118,6 +118,8 @@ def test_own_models_and_forwards():
         ({"k": 0}, "k must be"),
         ({"methods": ["QLoRA"]}, "methods must be of forward, FPS"),
         ({"model": "vit_gigantic"}, "timm has no model 'vit_gigantic'"),
+        ({"model": "vit_tinny"}, "timm has no model 'vit_tinny': did you mean 'vit_tiny_patch16_224'"),
+        ({"model": "nothing"}, "timm has no model 'nothing': timm.list_models\\(\\) names them all"),
         ({"model": Classifier}, "input_size is needed"),
     ],
 )
