@@ -312,6 +312,8 @@ def _print_rates(found: "RangeTest", json: bool) -> None:
     every = max(1, len(found.rates) // 20)
     rows = [[f"{rate:.2e}", f"{loss:.4f}"] for rate, loss in list(zip(found.rates, found.losses, strict=True))[::every]]
     print_table("range test", ["learning rate", "loss, smoothed"], rows)
+    if found.losses[-1] == min(found.losses):
+        typer.echo("the loss still fell at the highest rate that was tried: the task is too easy to tell rates apart")
     typer.echo(f"suggested: --lr {found.suggested:.1e}")
 
 

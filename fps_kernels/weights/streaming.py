@@ -153,7 +153,10 @@ def _index(
             raise ValueError(f"the checkpoint has no {name}{kind}{more}")
         path, shape, dtype = tensors[there]
         if shape != tuple(t.shape):
-            raise ValueError(f"{name} has shape {list(t.shape)} in the model and {list(shape)} in {path.name}")
+            raise ValueError(
+                f"{name} has shape {list(t.shape)} in the model and {list(shape)} in {path.name}: weights that stay in "
+                "their files are not resized, so that the model has to be built for the same image size and classes"
+            )
         if dtype not in _DTYPES:
             raise ValueError(f"{name} is {dtype} in {path.name}, which is not served")
         index[name] = {
