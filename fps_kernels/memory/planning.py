@@ -178,7 +178,7 @@ def _model(
 
 
 def check_name(name: str) -> None:
-    """Whether timm has a model.
+    """Refuse a name that timm has no model of.
 
     Raises:
         ValueError: it has none of that name; the message names the one that is most alike.
