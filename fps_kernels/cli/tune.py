@@ -116,21 +116,18 @@ def tune(
     accumulate: Annotated[int, typer.Option(min=1, help="Forward passes in a step.", rich_help_panel=TRAINING)] = 1,
     lr: Annotated[
         float | None,
-        typer.Option(
-            help="Peak learning rate; by the budget if not given (docs: choosing a rate).", rich_help_panel=TRAINING
-        ),
+        typer.Option(help="Peak learning rate; by the budget if not given (docs: choosing k).", rich_help_panel=TRAINING),
     ] = None,
     find_lr: Annotated[
         bool, typer.Option("--find-lr", help="Suggest a rate by a range test, and stop.", rich_help_panel=TRAINING)
     ] = False,
-    lr_dense: Annotated[
-        float | None,
-        typer.Option(help="Of the parameters trained whole; --lr if not given, or 1e-3.", rich_help_panel=TRAINING),
-    ] = None,
+    lr_head: Annotated[
+        float, typer.Option(help="Of the classifier, which starts from nothing.", rich_help_panel=TRAINING)
+    ] = 3e-3,
     weight_decay: Annotated[float, typer.Option(help="Of the tuned entries.", rich_help_panel=TRAINING)] = 1e-4,
     warmup: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the steps in which the rate rises.", rich_help_panel=TRAINING)
-    ] = 0.1,
+    ] = 0.2,
     schedule: Annotated[
         Schedule, typer.Option(help="What the rate does after that.", rich_help_panel=TRAINING)
     ] = Schedule.cosine,
@@ -207,7 +204,7 @@ def tune(
                  --k 4 --epochs 10 --output task.safetensors
     """
     given = locals()
-    for name, number in (("--lr", lr), ("--lr-dense", lr_dense), ("--clip-grad", clip_grad)):
+    for name, number in (("--lr", lr), ("--lr-head", lr_head), ("--clip-grad", clip_grad)):
         if number is not None and not 0 < number < float("inf"):
             raise ValueError(f"{name} must be positive, got {number}")
     if not 0 <= weight_decay < float("inf"):
@@ -229,7 +226,7 @@ def tune(
     from fps_kernels.runs.models import load_model
     from fps_kernels.runs.processes import joined
     from fps_kernels.runs.range_test import find_rate
-    from fps_kernels.runs.recipe import DENSE_RATE, Habits, Recipe, usual_rate
+    from fps_kernels.runs.recipe import Habits, Recipe, usual_rate
     from fps_kernels.runs.splits import splits_of
 
     choice = options.record(Choice, given, scorer=scorer.value)
@@ -255,7 +252,7 @@ def tune(
             Recipe,
             given,
             lr=rate,
-            lr_dense=lr_dense or lr or DENSE_RATE,
+            lr_head=lr_head,
             augment=augment.value,
             schedule=schedule.value,
             keep=keep.value,

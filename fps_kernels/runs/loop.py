@@ -99,7 +99,7 @@ class Training:
         self.recipe, self.habits, self.folder, self.processes = recipe, habits, folder, processes
         self.on_record, self.on_step = on_record, on_step
         self.order = Order(len(splits.train), recipe.batch_size, recipe.accumulate, recipe.epochs, recipe.seed)
-        groups = tuner.param_groups(lambda name, _: {"lr": recipe.lr_dense if name in tuner.dense else recipe.lr})
+        groups = tuner.param_groups(lambda name, _: {"lr": recipe.lr_head if loaded.is_of_head(name) else recipe.lr})
         self.optimizer = MaskedAdamW(groups, weight_decay=recipe.weight_decay)
         self._buffers = {name: b.detach().clone() for name, b in loaded.model.named_buffers()}
         self.last_loss: float | None = None

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,10 @@ class Loaded:
     def heads(self) -> list[str]:
         """Patterns of the parameters of its classifiers."""
         return [f"{head}.*" for head in classifier_modules(self.model)]
+
+    def is_of_head(self, name: str) -> bool:
+        """Whether a parameter is one of its classifiers'."""
+        return any(fnmatchcase(name, pattern) for pattern in self.heads)
 
     @property
     def not_linear(self) -> list[str]:

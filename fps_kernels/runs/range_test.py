@@ -31,7 +31,7 @@ class RangeTest:
     Attributes:
         rates: learning rates, rising.
         losses: smoothed, of each rate.
-        suggested: a third of the rate at which the loss was smallest.
+        suggested: a tenth of the rate at which the loss was smallest.
     """
 
     rates: list[float]
@@ -42,7 +42,7 @@ class RangeTest:
 def find_rate(job: "Job", loaded: Loaded, images: ImageSet, processes: Processes) -> RangeTest:
     """Choose entries, tune for up to 100 steps at rates from 1e-5 to 1 (Smith, WACV 2017, section 3.3), and suggest one.
 
-    The loss is smallest at a rate that is just too high to stay at; a third of it is the suggestion. Nothing is written, and
+    The loss is smallest at a rate that is too high to stay at; a tenth of it is the suggestion. Nothing is written, and
     the model is spent.
 
     Raises:
@@ -65,16 +65,16 @@ def find_rate(job: "Job", loaded: Loaded, images: ImageSet, processes: Processes
         progress_bar() as progress,
     ):
         task = progress.add_task("range test", total=STEPS, status="")
-        share = recipe.lr_dense / recipe.lr
-        groups = tuner.param_groups(lambda name, _: {"share": share if name in tuner.dense else 1.0})
-        optimizer = MaskedAdamW(groups, lr=LOWEST, weight_decay=recipe.weight_decay)
+        groups = tuner.param_groups(lambda name, _: {"lr": recipe.lr_head if loaded.is_of_head(name) else LOWEST})
+        optimizer = MaskedAdamW(groups, weight_decay=recipe.weight_decay)
+        varied = [group for group in optimizer.param_groups if group["lr"] == LOWEST]
         scaler = recipe.scaler(loaded.device)
         transform = as_seen_by(loaded.config, recipe.augmentation)
         batches = reading.batches(images, transform, lambda: order.batches_from(0), recipe.seed)
         for step, (inputs, target) in zip(range(STEPS), batches, strict=False):
             rate = LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["share"]
+            for group in varied:
+                group["lr"] = rate
             loaded.model.train()
             x, y = loss_of.mix(inputs.to(loaded.device, loaded.dtype), target.to(loaded.device), step, 0)
             with recipe.precision(loaded.device):
@@ -93,4 +93,4 @@ def find_rate(job: "Job", loaded: Loaded, images: ImageSet, processes: Processes
             progress.update(task, completed=step + 1, status=f"rate {rate:.1e} loss {smooth:.3f}")
     if not losses:
         raise ValueError("the loss is not finite at the lowest rate")
-    return RangeTest(rates, losses, rates[losses.index(min(losses))] / 3)
+    return RangeTest(rates, losses, rates[losses.index(min(losses))] / 10)

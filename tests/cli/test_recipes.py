@@ -152,20 +152,19 @@ def test_the_config_of_a_run_reproduces_it(small, tmp_path):
 def test_a_range_test_suggests_a_rate(small, tmp_path):
     found = json.loads(output("tune", *small, "--k", 2, "--find-lr", "--json"))
     assert found["rates"] == sorted(found["rates"])
-    assert found["suggested"] == pytest.approx(found["rates"][found["losses"].index(min(found["losses"]))] / 3)
-    assert 1e-5 < found["suggested"] < 1
+    assert found["suggested"] == pytest.approx(found["rates"][found["losses"].index(min(found["losses"]))] / 10)
+    assert 1e-6 < found["suggested"] < 0.1
     text = output("tune", *small, "--k", 2, "--find-lr")
     assert f"suggested: --lr {found['suggested']:.1e}" in text
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_range_test_multiplies_as_training_would(small):
-    losses = {
-        name: json.loads(output("tune", *small, "--k", 2, "--find-lr", "--json", *options))["losses"]
-        for name, options in (("fp32", ()), ("fp16", ("--autocast", "fp16")), ("bf16", ("--autocast", "bf16")))
-    }
-    errors = {name: abs(found[0] - losses["fp32"][0]) for name, found in losses.items()}
-    assert 0 < errors["fp16"] < errors["bf16"] / 2
+    """In one of three precisions, which give three losses from the first step on."""
+    ways = ([], ["--autocast", "fp16"], ["--autocast", "bf16"])
+    first = [json.loads(output("tune", *small, "--k", 2, "--find-lr", "--json", *way))["losses"][0] for way in ways]
+    assert len(set(first)) == 3
+    assert max(first) - min(first) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -227,9 +226,9 @@ def test_every_image_is_looked_at_before_any_work(small, task, tmp_path, workers
 def test_the_rate_is_that_of_the_budget(small, tmp_path, budget, rate):
     output("tune", *small, *budget, "--epochs", 1, "--warmup", 0, "--output", tmp_path / "t.safetensors")
     settings = json.loads((tmp_path / "t.run" / "settings.json").read_text())
-    assert (settings["lr"], settings["lr_dense"]) == (rate, 1e-3)
+    assert (settings["lr"], settings["lr_head"]) == (rate, 3e-3)
     selection = tmp_path / "t.run" / "selection.safetensors"
-    arguments = ["--selection", selection, "--epochs", 1, "--lr-dense", 0.01, "--output", tmp_path / "u.safetensors"]
+    arguments = ["--selection", selection, "--epochs", 1, "--lr-head", 0.01, "--output", tmp_path / "u.safetensors"]
     output("tune", *small, *arguments)
     settings = json.loads((tmp_path / "u.run" / "settings.json").read_text())
-    assert (settings["lr"], settings["lr_dense"]) == (rate, 0.01)
+    assert (settings["lr"], settings["lr_head"]) == (rate, 0.01)

@@ -136,7 +136,7 @@ def test_a_finished_run_only_writes_its_delta_again(straight, small, tmp_path):
 
 def test_other_settings_are_refused(straight, small):
     for more, told in (
-        (["--lr", 0.02], "lr is 0.01 there and 0.02 here (and lr_dense)"),
+        (["--lr", 0.02], "lr is 0.01 there and 0.02 here;"),
         (["--seed", 1], "base is"),
         (["--scorer", "magnitude"], 'choice is {"scorer": "fps"'),
     ):

@@ -143,7 +143,7 @@ def test_options_that_change_the_weights(small, tmp_path):
     """Each reaches the training."""
     deltas, selection = {}, tmp_path / "s.safetensors"
     output("select", *small, "--include", "blocks.0.*", "--output", selection)
-    ways = [[], ["--lr-dense", 0.1], ["--weight-decay", 5], ["--warmup", 0.9], ["--label-smoothing", 0.5]]
+    ways = [[], ["--lr-head", 0.1], ["--weight-decay", 5], ["--warmup", 0.9], ["--label-smoothing", 0.5]]
     ways += [
         ["--clip-grad", 0.01],
         ["--autocast", "bf16"],
@@ -239,7 +239,7 @@ def test_checkpoints_of_another_model(small, checkpoint, tmp_path):
     [
         (["--lr", 0], "--lr must be positive"),
         (["--lr", "nan"], "--lr must be positive"),
-        (["--lr-dense", -1], "--lr-dense must be positive"),
+        (["--lr-head", -1], "--lr-head must be positive"),
         (["--clip-grad", 0], "--clip-grad must be positive"),
         (["--weight-decay", -1], "--weight-decay must not be negative"),
         (["--epochs", 0], "Invalid value for '--epochs'"),
